@@ -1,0 +1,44 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO ?= multirun/demo
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format report ui clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## .venv, the package, the embedded model, MT-bench's files; a second call does nothing
+	@$(PYTHON) scripts/setup.py
+
+demo: setup ## quantized inference, fine-tuning, evaluation and report on the embedded model (under 10 minutes on two cores)
+	$(PY) infer.py -m experiment=demo quant=none,nf4,int8 hydra.sweep.dir=$(DEMO)/infer
+	$(PY) evaluate.py -m judge=local judge.mode=both baseline=$(DEMO)/infer/none answers=$(DEMO)/infer/nf4,$(DEMO)/infer/int8 hydra.sweep.dir=$(DEMO)/judge
+	$(PY) evaluate.py task=text hydra.run.dir=$(DEMO)/before
+	$(PY) train.py experiment=handbook hydra.run.dir=$(DEMO)/train
+	$(PY) evaluate.py task=text adapter_path=$(DEMO)/train hydra.run.dir=$(DEMO)/after
+	$(PY) -m llm_at_home.reporting
+
+test: setup ## the tests (under 15 minutes on two cores)
+	$(PY) -m pytest
+
+test-slow: setup ## the tests that take minutes, the demo among them
+	$(PY) -m pytest -m slow --timeout=1800
+
+lint: setup ## ruff (style, imports, docstrings) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## let ruff mend style and imports
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+report: setup ## tables and figures from all records: reports/index.html
+	$(PY) -m llm_at_home.reporting
+
+ui: setup ## MLflow on http://127.0.0.1:5000
+	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+clean: ## remove .venv (runs, records and caches stay)
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""What ties a PEFT adapter to a base model."""

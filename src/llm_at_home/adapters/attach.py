@@ -1,0 +1,71 @@
+"""Puts a PEFT adapter on a base model, for training or for use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Refusal
+
+# Keys of the adapter group that are ours and not its class's.
+OWN_KEYS = ("name", "trains")
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder with ``adapter_config.json``: the one given, or the last one that a training run saved.
+
+    Raises:
+        Refusal: when there is none.
+    """
+    from llm_at_home.records import store
+
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file() and (folder / store.POINTER).is_file():
+        folder = store.run_folder(folder)
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise Refusal(f"{path} holds no adapter_config.json: give a training run's folder or a saved adapter's")
+
+
+def prepare_for_training(model: Any, adapter: Mapping[str, Any], saved: str | Path | None = None) -> Any:
+    """The model with what is to be trained made trainable, in training mode.
+
+    Args:
+        model: the base, as :func:`llm_at_home.quantization.base.load_base` gives it.
+        adapter: the ``adapter`` group; ``trains`` is ``adapter``, ``all`` or ``nothing``.
+        saved: an adapter to go on training, instead of a fresh one.
+    """
+    if adapter["trains"] == "all":
+        return model.requires_grad_(True).train()
+    model.requires_grad_(False)
+    if adapter["trains"] == "nothing":
+        return model
+    from hydra.utils import instantiate
+    from peft import PeftModel, get_peft_model
+
+    if saved is not None:
+        return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
+    options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
+    return get_peft_model(model, instantiate(options)).train()
+
+
+def attach_saved(model: Any, path: str | Path) -> Any:
+    """The model with a saved adapter on it, for use, in evaluation mode.
+
+    Raises:
+        Refusal: when the folder holds no adapter, or one that does not fit this model.
+    """
+    from peft import PeftModel
+
+    folder = adapter_folder(path)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def trainable_parameters(model: Any) -> int:
+    """How many parameters take gradients."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

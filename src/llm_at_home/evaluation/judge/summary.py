@@ -1,0 +1,103 @@
+"""Turns judgments into readings: mean scores and win rates, with intervals over questions."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+
+from llm_at_home.evaluation.judge.items import Row
+from llm_at_home.evaluation.judge.pairwise import inconsistent, points
+from llm_at_home.evaluation.judge.single import MISSING_SCORE
+from llm_at_home.records.schema import Reading
+
+RESAMPLES = 10_000
+_SEED = 0
+
+
+def single_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
+    """Mean scores in points (1 to 10): over all, for each turn, for each category.
+
+    The mean is over judgments, as FastChat's ``show_result`` takes it; missing ones are left out there and
+    here. ``n`` counts questions, and so does the bootstrap: a question's turns are drawn together.
+    """
+    rows = list(rows)
+    method = f"{label}/single"
+    readings = {"judge_score_mean": _mean(rows, score, "points", method)}
+    for turn in (1, 2):
+        of_turn = [row for row in rows if row["turn"] == turn]
+        readings[f"judge_score_turn_{turn}"] = _mean(of_turn, score, "points", method)
+    for category, of_category in _by_category(rows).items():
+        readings[f"judge_score_{category}"] = _mean(of_category, score, "points", method)
+    return readings
+
+
+def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
+    """Win rates against the baseline, 0 to 1, ties half: over all questions and turns, and by category."""
+    rows = list(rows)
+    method = f"{label}/pairwise"
+    readings = {"win_rate": _mean(rows, points, "1", method)}
+    for category, of_category in _by_category(rows).items():
+        readings[f"win_rate_{category}"] = _mean(of_category, points, "1", method)
+    return readings
+
+
+def tally(single: Iterable[Row], pairs: Iterable[Row]) -> dict[str, int]:
+    """How many judgments have a value, how many lack one, and how often the two orders disagree.
+
+    Their sum is what was wanted. A pair counts once, and only when both its orders have a verdict.
+    """
+    single, pairs = list(single), list(pairs)
+    values = [score(row) for row in single] + [points(row) for row in pairs]
+    missing = sum(value is None for value in values)
+    return {
+        "judgments": len(values) - missing,
+        "judgments_missing": missing,
+        "inconsistent_orders": sum(inconsistent(row) for row in pairs),
+    }
+
+
+def score(row: Row) -> float | None:
+    """The points of a single judgment, None when missing."""
+    return None if row["score"] == MISSING_SCORE else float(row["score"])
+
+
+def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["category"]].append(row)
+    return dict(sorted(groups.items()))
+
+
+def _mean(rows: list[Row], value: Callable[[Row], float | None], unit: str, method: str) -> Reading:
+    by_question: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if (known := value(row)) is not None:
+            by_question[row["question_id"]].append(known)
+    if not by_question:
+        return Reading.unknown(unit, _why(rows), method)
+    # Sorted, so that the interval does not depend on the order in which threads finished.
+    groups = [by_question[question] for question in sorted(by_question)]
+    mean = sum(map(sum, groups)) / sum(map(len, groups))
+    return Reading(mean, unit, method, interval95=_interval(groups), n=len(groups))
+
+
+def _interval(groups: list[list[float]]) -> tuple[float, float] | None:
+    """The percentile bootstrap's 95 % interval of the mean over all values, drawing whole questions."""
+    if len(groups) < 2:
+        return None
+    import numpy as np
+
+    sums = np.array([sum(group) for group in groups])
+    sizes = np.array([len(group) for group in groups])
+    drawn = np.random.default_rng(_SEED).integers(0, len(groups), (RESAMPLES, len(groups)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _why(rows: list[Row]) -> str:
+    reasons = Counter(row.get("missing") or "no reason recorded" for row in rows)
+    if not reasons:
+        return "no answer to judge"
+    reason, times = reasons.most_common(1)[0]
+    return f"all {len(rows)} judgments are missing, {times} of them because: {reason}"

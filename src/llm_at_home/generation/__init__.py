@@ -1,0 +1,1 @@
+"""Engines that turn conversations into replies, and the terminal chat."""

@@ -1,0 +1,77 @@
+"""A conversation in the terminal: /reset forgets it, /exit ends it, Ctrl-C stops the answer and not the program."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any, TextIO
+
+from llm_at_home.generation.reply import OTHER_TEMPERATURE, Sampling
+from llm_at_home.models.chat import prompt_ids
+
+WELCOME = "Type a message. /reset starts anew, /exit leaves, Ctrl-C stops an answer."
+
+
+class Chat:
+    """One conversation with an engine.
+
+    Args:
+        engine: an engine with ``reply(prompt, sampling, on_text, should_stop)`` and a tokenizer.
+        seed: of the first answer; each further answer uses the next.
+        lines: where the user's lines come from.
+        out: where answers go.
+    """
+
+    def __init__(self, engine: Any, seed: int = 0, lines: TextIO = sys.stdin, out: TextIO = sys.stdout) -> None:
+        self.engine = engine
+        self.seed = seed
+        self.lines = lines
+        self.out = out
+        self.messages: list[dict[str, str]] = []
+        self._stop = False
+
+    def run(self) -> None:
+        """Read lines and answer them until /exit or the end of the input."""
+        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            self._say(WELCOME + "\n")
+            while (line := self._next_line()) is not None:
+                if line == "/exit":
+                    break
+                if line == "/reset":
+                    self.messages = []
+                    self._say("(a new conversation)\n")
+                elif line.startswith("/"):
+                    self._say(f"{line} is no command: /reset or /exit\n")
+                elif line:
+                    self._answer(line)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _next_line(self) -> str | None:
+        self._say("> ")
+        try:
+            line = input() if self.lines is sys.stdin and sys.stdin.isatty() else self.lines.readline()
+        except EOFError:
+            return None
+        if self.lines is sys.stdin and sys.stdin.isatty():
+            return line.strip()
+        return line.strip() if line else None
+
+    def _answer(self, line: str) -> None:
+        self._stop = False
+        self.messages.append({"role": "user", "content": line})
+        temperature = self.engine.temperature if self.engine.temperature is not None else OTHER_TEMPERATURE
+        sampling = Sampling(self.engine.max_new_tokens, temperature, self.seed)
+        self.seed += 1
+        prompt = prompt_ids(self.engine.tokenizer, self.messages)
+        reply = self.engine.reply(prompt, sampling, on_text=self._say, should_stop=lambda: self._stop)
+        self._say("\n" if reply.finish_reason != "stopped" else " (stopped)\n")
+        self.messages.append({"role": "assistant", "content": reply.text})
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        self._stop = True
+
+    def _say(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()

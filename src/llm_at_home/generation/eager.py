@@ -1,0 +1,158 @@
+"""The eager engine: transformers' own ``generate()``, the reference that other engines are held against."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from llm_at_home.generation.reply import Reply, Sampling
+
+
+class EagerEngine:
+    """Answers with ``model.generate``.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        tokenizer: its tokenizer, or None for a model that is fed token ids only.
+        max_new_tokens: the longest answer, in tokens.
+        temperature: for every question, or None for the published one of its category.
+        batch_size: conversations answered at once by :meth:`reply_batch`.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float | None = None, batch_size: int = 1
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.batch_size = batch_size
+
+    def reply(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """Answer one prompt, streaming.
+
+        Args:
+            prompt: token ids.
+            sampling: how to choose tokens.
+            on_text: called with each new piece of text.
+            should_stop: asked after each token; true ends the answer with finish reason ``stopped``.
+        """
+        clock = _TokenClock(self.tokenizer if on_text else None, on_text)
+        stopping = [_StopWhen(should_stop)] if should_stop else []
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        start = time.perf_counter()
+        output = self._generate(ids, torch.ones_like(ids), sampling, streamer=clock, stopping_criteria=stopping)
+        clock.end()
+        tokens = output[0, ids.shape[1] :].tolist()
+        stopped = bool(should_stop and should_stop())
+        times = clock.times
+        return Reply(
+            text=self._decode(tokens),
+            tokens=tokens,
+            prompt_tokens=len(prompt),
+            finish_reason="stopped" if stopped else self._finish_reason(tokens),
+            time_to_first_token=times[0] - start if times else None,
+            intervals=[b - a for a, b in itertools.pairwise(times)],
+        )
+
+    def reply_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """Answer several prompts at once, padded on the left; single times are not known then.
+
+        Each answer is cut at its first end-of-sequence token.
+        """
+        length = max(len(prompt) for prompt in prompts)
+        pad = self._pad_id()
+        ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        output = self._generate(ids, mask, sampling)[:, length:].tolist()
+        replies = []
+        for prompt, row in zip(prompts, output, strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in self._eos_ids()), len(row))
+            tokens = row[:end]
+            replies.append(Reply(self._decode(tokens), tokens, len(prompt), self._finish_reason(tokens)))
+        return replies
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, **options: Any) -> torch.Tensor:
+        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(sampling.seed)
+        with torch.inference_mode():
+            return self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=sampling.max_new_tokens,
+                min_new_tokens=sampling.max_new_tokens if sampling.ignore_eos else None,
+                pad_token_id=self._pad_id(),
+                repetition_penalty=1.0,
+                **chosen,
+                **options,
+            )
+
+    def _eos_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+
+    def _pad_id(self) -> int:
+        if self.tokenizer is not None and self.tokenizer.pad_token_id is not None:
+            return self.tokenizer.pad_token_id
+        return next(iter(self._eos_ids()), 0)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip() if self.tokenizer else ""
+
+    def _finish_reason(self, tokens: list[int]) -> str:
+        return "stop" if tokens and tokens[-1] in self._eos_ids() else "length"
+
+
+class _TokenClock:
+    """Stands where transformers expects a streamer: notes when each token reaches the host, and passes text on."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+        self._text: Any = None
+        if tokenizer is not None and on_text is not None:
+            from transformers import TextStreamer
+
+            pass_on = on_text
+
+            class _Text(TextStreamer):
+                def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                    pass_on(text)
+
+            self._text = _Text(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by ``generate`` with the prompt first and then with each token, already on the host."""
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+        if self._text is not None:
+            self._text.put(value)
+
+    def end(self) -> None:
+        """Let go of text that was held back until a word was whole; ``generate`` calls this too."""
+        if self._text is not None:
+            self._text.end()
+            self._text = None
+
+
+class _StopWhen:
+    """A stopping criterion that asks a function."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)

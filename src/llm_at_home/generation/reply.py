@@ -1,0 +1,49 @@
+"""What an engine gives back, and how it is to choose tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# FastChat's llm_judge (Zheng et al. 2023) answers each category at its own temperature; the question file lacks them.
+PUBLISHED_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+
+
+def temperature_for(category: str, chosen: float | None) -> float:
+    """The chosen temperature, or the published one of the question's category."""
+    return chosen if chosen is not None else PUBLISHED_TEMPERATURES.get(category, OTHER_TEMPERATURE)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``temperature`` 0 is greedy; ``ignore_eos`` always makes ``max_new_tokens``."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass
+class Reply:
+    """One answer and its times.
+
+    ``time_to_first_token`` in seconds from the call to the first token on the host; ``intervals`` the seconds between
+    each token and the next. Both are empty (None, []) where several answers were made in one batch.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    time_to_first_token: float | None = None
+    intervals: list[float] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Energy, memory and time: each meter yields readings that name their method."""

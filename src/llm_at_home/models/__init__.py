@@ -1,0 +1,1 @@
+"""Where weights, tokenizers and chat templates come from."""

@@ -1,0 +1,119 @@
+"""Which model a configuration means and what identifies its content; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Refusal
+from llm_at_home.models.embedded import CONVERSION, WEIGHTS, gguf_path
+from llm_at_home.paths import cache_dir
+
+EMBEDDED = "embedded"
+
+
+def check(model: Mapping[str, Any]) -> None:
+    """Refuse a model that cannot be loaded, as far as that can be told without loading.
+
+    Raises:
+        Refusal: for an unknown ``weights``, a folder that is none, pickled weights, or a model that is not in the
+            hub's cache while the hub is switched off.
+    """
+    source, weights = model["source"], model["weights"]
+    if weights not in ("pretrained", "random"):
+        raise Refusal(f"model.weights={weights} is unknown: choose pretrained or random")
+    if weights == "random" and model["architecture"]:
+        return
+    if source == EMBEDDED:
+        gguf_path()
+        return
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, weights, model["use_safetensors"])
+    elif source.startswith(("/", "./", "../", "~")):
+        raise Refusal(f"model.source={source} is not a folder: give one in transformers' format, or a hub id")
+    elif hub_is_off() and hub_commit(source, model["revision"]) is None:
+        raise Refusal(
+            f"{source} is not in the local hub cache and HF_HUB_OFFLINE is set: unset it, or give model.source=FOLDER"
+        )
+
+
+def _check_folder(folder: Path, weights: str, use_safetensors: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder} holds no config.json: give a folder that save_pretrained() wrote")
+    if weights == "random":
+        return
+    if not any(folder.glob("*.safetensors")):
+        if use_safetensors and any(folder.glob("*.bin")):
+            hint = "convert them, or trust them with model.use_safetensors=false"
+            raise Refusal(f"{folder} holds pickled weights only: {hint}")
+        if not any(folder.glob("*.bin")):
+            raise Refusal(f"{folder} holds no weights (*.safetensors)")
+
+
+def hub_is_off() -> bool:
+    """Whether the environment forbids the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit of a hub model as the local hub cache holds it, or None."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME") or user_cache / "huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
+    reference = cache / "refs" / (revision or "main")
+    if reference.is_file():
+        return reference.read_text().strip()
+    return revision if revision and (cache / "snapshots" / revision).is_dir() else None
+
+
+def identity(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the weights: a file hash, a hub commit, or the architecture of random weights."""
+    source = model["source"]
+    if model["weights"] == "random":
+        shape = model["architecture"] or (
+            {"gguf": _remembered_hash(gguf_path())} if source == EMBEDDED else {"config": _config_text(source)}
+        )
+        return {"weights": "random", "architecture": shape}
+    if source == EMBEDDED:
+        return {"weights": WEIGHTS, "conversion": CONVERSION, "sha256": _remembered_hash(gguf_path())}
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return {"folder": str(folder.resolve()), "sha256": _folder_identity(folder)}
+    return {"hub": source, "commit": hub_commit(source, model["revision"]) or "not downloaded yet"}
+
+
+def _config_text(source: str) -> str:
+    path = Path(source).expanduser() / "config.json"
+    return path.read_text() if path.is_file() else source
+
+
+def _folder_identity(folder: Path) -> str:
+    """Names, sizes and times of the weights, and the configuration's content: hashing 13 GB would cost a minute."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".jinja")):
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0".encode())
+        digest.update(path.read_bytes() if path.suffix == ".json" else str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _remembered_hash(path: Path) -> str:
+    """SHA-256 of a large file, remembered beside its size and time so that it is read once."""
+    from llm_at_home.records.hashing import file_hash
+    from llm_at_home.records.store import write_json
+
+    stat = path.stat()
+    memory = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+    seen = [stat.st_size, stat.st_mtime_ns]
+    if memory.is_file():
+        known = json.loads(memory.read_text())
+        if known["seen"] == seen:
+            return known["sha256"]
+    value = file_hash(path)
+    write_json(memory, {"path": str(path), "seen": seen, "sha256": value})
+    return value

@@ -1,0 +1,1 @@
+"""How a base model is loaded, one file a method family, and which kernel its linear layers run."""

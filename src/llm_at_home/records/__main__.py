@@ -1,0 +1,54 @@
+"""``python -m llm_at_home.records show FOLDER`` prints what a run left behind."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llm_at_home.errors import Refusal
+from llm_at_home.records import store
+from llm_at_home.records.schema import Reading, Record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a record for a person; exit code 2 when there is none."""
+    parser = argparse.ArgumentParser(prog="python -m llm_at_home.records", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print one run's record")
+    show.add_argument("folder")
+    arguments = parser.parse_args(argv)
+    try:
+        print(describe(store.load(arguments.folder)))
+    except Refusal as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(record: Record) -> str:
+    """The record as indented text: status, figures with their methods, kernel and provenance."""
+    lines = [f"{record.task}: {record.status}  (config {record.config_hash})"]
+    for title, group in (("readings", record.readings), ("quality", record.quality)):
+        if group:
+            lines.append(title)
+            lines += [f"  {name:32} {_figure(reading)}" for name, reading in group.items()]
+    for title, values in (("counts", record.counts), ("kernel", record.kernel), ("provenance", record.provenance)):
+        if values:
+            lines.append(title)
+            lines += [f"  {name:32} {value}" for name, value in values.items()]
+    if record.error:
+        lines += ["error", f"  {record.error.get('type')}: {record.error.get('message')}"]
+    return "\n".join(lines + [f"note: {note}" for note in record.notes])
+
+
+def _figure(reading: Reading) -> str:
+    if reading.value is None:
+        return f"unknown: {reading.reason}"
+    text = f"{reading.value:.6g} {reading.unit}"
+    if reading.interval95:
+        text += f" [{reading.interval95[0]:.6g}, {reading.interval95[1]:.6g}]"
+    return f"{text}  ({reading.method}{f', n={reading.n}' if reading.n else ''})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The copy of a record in MLflow: parameters flattened and whole, readings as metrics, files as artifacts.
+
+MLflow is a view and never the source: a failure here is reported and noted, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.records.schema import Record
+from llm_at_home.records.store import RECORD
+
+log = logging.getLogger(__name__)
+
+# MLflow's sqlite store takes parameters up to this length; longer ones are split over numbered keys.
+PARAMETER_LENGTH = 6000
+ARTIFACTS = ("config.yaml", RECORD, "answers.jsonl", "judgments.jsonl", "metrics.csv")
+
+
+class Tracker:
+    """One MLflow run, opened at the start of a job and closed with its record.
+
+    Args:
+        tracking_uri: where MLflow keeps its runs (``sqlite:///...`` or a server).
+        experiment: the MLflow experiment's name.
+        run_name: the name shown in the UI.
+        sweep: the sweep's folder when the job is one of a sweep; its jobs become children of one parent run.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str, run_name: str, sweep: str | None = None) -> None:
+        self.uri, self.experiment, self.run_name, self.sweep = tracking_uri, experiment, run_name, sweep
+        self.run_id: str | None = None
+        self.problem: str | None = None
+        self._client: Any = None
+
+    def open(self, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Create the run and log its parameters."""
+        self._guard(self._open, config, tags)
+
+    def log_step(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log figures of one optimizer step."""
+        if self.run_id and not self.problem:
+            self._guard(self._log_metrics, metrics, step)
+
+    def close(self, record: Record, folder: Path) -> None:
+        """Log the record's figures and files and end the run."""
+        if self.run_id and not self.problem:
+            self._guard(self._close, record, folder)
+
+    def discard(self) -> None:
+        """Take the run back: the job was refused and leaves no record."""
+        if self.run_id:
+            self._guard(lambda: self._client.delete_run(self.run_id))
+
+    def _guard(self, action: Any, *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:
+            self.problem = f"MLflow: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            log.warning("the run goes on without its copy in MLflow (%s)", self.problem)
+
+    def _open(self, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        # A dead server should cost seconds and not minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        with _store_lock(self.uri):
+            self._client = MlflowClient(self.uri)
+            experiment_id = self._experiment_id()
+            parent = self._parent_run(experiment_id) if self.sweep else None
+        all_tags = {**tags, "mlflow.runName": self.run_name}
+        if parent:
+            all_tags["mlflow.parentRunId"] = parent
+        self.run_id = self._client.create_run(experiment_id, tags=all_tags).info.run_id
+        params = [Param(key, value) for key, value in flatten(config).items()]
+        for i in range(0, len(params), 100):
+            self._client.log_batch(self.run_id, params=params[i : i + 100])
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found:
+            return found.experiment_id
+        location = None
+        if self.uri.startswith("sqlite:///"):
+            location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+        return self._client.create_experiment(self.experiment, artifact_location=location)
+
+    def _parent_run(self, experiment_id: str) -> str:
+        tag = "llm_at_home.sweep"
+        found = self._client.search_runs([experiment_id], f"tags.`{tag}` = '{self.sweep}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        name = f"sweep {Path(str(self.sweep)).name}"
+        run = self._client.create_run(experiment_id, tags={tag: str(self.sweep), "mlflow.runName": name})
+        self._client.set_terminated(run.info.run_id)
+        return run.info.run_id
+
+    def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        stamp = int(time.time() * 1000)
+        # MLflow would store infinity as 1.8e308, which looks like a figure.
+        infinite = {_metric_name(key): value for key, value in metrics.items() if math.isinf(value)}
+        for name, value in infinite.items():
+            self._client.set_tag(self.run_id, f"infinite.{name}", f"{value} at step {step}")
+        kept = {_metric_name(key): value for key, value in metrics.items() if not math.isinf(value)}
+        if kept:
+            self._client.log_batch(self.run_id, metrics=[Metric(name, v, stamp, step) for name, v in kept.items()])
+
+    def _close(self, record: Record, folder: Path) -> None:
+        figures = {**record.readings, **record.quality}
+        known = {name: reading.value for name, reading in figures.items() if reading.value is not None}
+        self._log_metrics({**known, **{f"count_{k}": float(v) for k, v in record.counts.items()}}, 0)
+        self._client.set_tag(self.run_id, "status", record.status)
+        self._client.set_tag(self.run_id, "config_hash", record.config_hash)
+        for name in ARTIFACTS:
+            if (folder / name).is_file():
+                self._client.log_artifact(self.run_id, str(folder / name))
+        self._client.set_terminated(self.run_id, "FINISHED" if record.status == "ok" else "FAILED")
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^\w/ .-]", "_", name)
+
+
+def _store_lock(uri: str) -> Any:
+    """A lock while a sqlite store may be created: several processes that create it together crash."""
+    import contextlib
+
+    from filelock import FileLock
+
+    if not uri.startswith("sqlite:///"):
+        return contextlib.nullcontext()
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock", timeout=120)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``; a value too long for one parameter is split, none is cut."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+            continue
+        text = str(value)
+        parts = [text[i : i + PARAMETER_LENGTH] for i in range(0, len(text), PARAMETER_LENGTH)] or [""]
+        if len(parts) == 1:
+            flat[name] = parts[0]
+        else:
+            flat |= {f"{name}.part{i}": part for i, part in enumerate(parts)}
+    return flat

@@ -1,0 +1,151 @@
+"""What a record says about its run, read defensively: any key may be missing or of another shape."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import PurePath
+from typing import Any
+
+from llm_at_home.records.schema import Record
+
+UNKNOWN = "unknown"
+CUDA_MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory")
+CPU_MEMORY = ("resident_set_peak",)
+
+
+def clean(text: object) -> str:
+    """One line of printable text: records hold other people's strings, terminals obey control characters."""
+    marks = (c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else " " for c in str(text))
+    return " ".join("".join(marks).split())
+
+
+def at(tree: Any, *keys: str) -> Any:
+    """The value under nested keys, or None wherever the path breaks off."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def name_at(tree: Any, *keys: str) -> str:
+    """The text under nested keys, or "unknown"."""
+    value = at(tree, *keys)
+    return UNKNOWN if value is None or isinstance(value, dict | list) else clean(value) or UNKNOWN
+
+
+def about(record: Record) -> Any:
+    """The config that names the model: a judge's record has it only in the run that was judged."""
+    return record.config if at(record.config, "model") else at(record.subject, "config") or record.config
+
+
+def model(record: Record) -> str:
+    """The model's name, or where it was taken from."""
+    name = name_at(about(record), "model", "name")
+    return name if name != UNKNOWN else name_at(about(record), "model", "source")
+
+
+def quant(record: Record) -> str:
+    """The name of the quantization."""
+    return name_at(about(record), "quant", "name")
+
+
+def has_random_weights(record: Record) -> bool:
+    """Whether the model was built without weights, so that only its resource figures mean anything."""
+    return at(about(record), "model", "weights") == "random"
+
+
+def evaluation(record: Record) -> str:
+    """What kind of evaluation an evaluate record is: judge, text, ..."""
+    return name_at(record.config, "task")
+
+
+def subject_hash(record: Record) -> str | None:
+    """The config hash of the run that an evaluation is about."""
+    value = at(record.subject, "config_hash")
+    return value if isinstance(value, str) and value else None
+
+
+def on_cpu(record: Record) -> bool:
+    """Whether the run computed on the CPU, which decides which memory figures are defined."""
+    if "cpu" in (name_at(record.config, "gpu", "name"), name_at(record.config, "gpu", "device")):
+        return True
+    if at(record.provenance, "gpu"):
+        return False
+    return not any(name in record.readings and record.readings[name].value is not None for name in CUDA_MEMORY)
+
+
+def host(record: Record) -> str:
+    """The processor or card that computed, by its own name."""
+    if on_cpu(record):
+        name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*$", "", name_at(record.provenance, "cpu", "model"))
+        cores = at(record.provenance, "cpu", "cores")
+        name = " ".join(name.split())
+        return f"{name} ({cores} cores)" if isinstance(cores, int) else name
+    card = name_at(record.config, "gpu", "card")
+    if card != UNKNOWN:
+        return card
+    gpu = at(record.provenance, "gpu")
+    if isinstance(gpu, list):
+        first = name_at(gpu[0], "name") if gpu else UNKNOWN
+        # The list is of the cards in the machine; how many of them computed is not in it.
+        return f"{first} ({len(gpu)} present)" if len(gpu) > 1 else first
+    return name_at(gpu, "name")
+
+
+def emulated(record: Record) -> str | None:
+    """The smaller card that the run kept to, when it is another than the card that computed."""
+    chosen = name_at(record.config, "gpu", "name")
+    if chosen in (UNKNOWN, "auto", "cpu", "cuda") or on_cpu(record) or host(record) == UNKNOWN:
+        return None
+    # "a100_40gb" is an A100 whatever its memory; "rtx4090" is the driver's "GeForce RTX 4090".
+    return None if _letters(chosen.split("_")[0]) in _letters(host(record)) else chosen
+
+
+def device(record: Record) -> str:
+    """The device for a reader: the host, and the card that it stood in for."""
+    card = emulated(record)
+    return f"{card} on {host(record)}" if card else host(record)
+
+
+def kernel(record: Record) -> str | None:
+    """The linear layers that ran and their backend in a few words, or None when the record names none."""
+    main = [at(record.kernel, key) for key in ("linear", "backend")]
+    return _words(main) or _words(record.kernel) or None
+
+
+def error_line(record: Record) -> str:
+    """The first line of what went wrong."""
+    error = record.error
+    message = at(error, "message") or (error if not isinstance(error, dict) else None)
+    first = clean(next(iter(str(message).strip().splitlines()), "")) if message else ""
+    kind = at(error, "type")
+    return ": ".join(part for part in (clean(kind) if kind else "", first) if part)
+
+
+def path_tail(path: object) -> str:
+    """The last two parts of a path: enough to know a folder by."""
+    return clean("/".join(PurePath(str(path)).parts[-2:]))
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = []
+        for key, inner in value.items():
+            if isinstance(inner, int) and not isinstance(inner, bool):
+                parts.append(f"{_short(key)} × {inner}")
+            elif words := _words(inner):
+                parts.append(words)
+        return ", ".join(dict.fromkeys(parts))
+    if isinstance(value, list | tuple):
+        return ", ".join(dict.fromkeys(words for inner in value if (words := _words(inner))))
+    return "" if value is None or isinstance(value, bool) else _short(value)
+
+
+def _short(name: object) -> str:
+    # torch.nn.modules.linear.Linear -> Linear: the whole path is in the record. Versions keep their dots.
+    text = clean(name)
+    return text.rsplit(".", 1)[-1] if re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)+", text) else text

@@ -1,0 +1,97 @@
+"""Geometry of the bar charts: ``figure.svg.jinja`` draws in per cent, so text stays readable on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm_at_home.reporting.cells import Column, Row, Table
+
+_LABEL_LENGTH = 56
+_MOST_BARS = 24
+# The rest of the width holds the value at the bar's end.
+_FULL_BAR = 80.0
+_CHARTS = {
+    "inference": ("torch_allocated_peak", "resident_set_peak", "decode_tokens_per_second"),
+    "finetuning": ("torch_allocated_peak", "resident_set_peak", "steps_per_second"),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: widths and the whisker's ends in per cent of the chart's width."""
+
+    label: str
+    text: str
+    width: float
+    whisker: tuple[float, float] | None
+    marked: bool
+
+    @property
+    def end(self) -> float:
+        """Where the value's text starts."""
+        return max(self.width, self.whisker[1]) if self.whisker else self.width
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A horizontal bar chart; ``description`` tells its figures to those who cannot see it."""
+
+    key: str
+    title: str
+    note: str
+    description: str
+    bars: tuple[Bar, ...]
+
+
+def charts(table: Table) -> tuple[Chart, ...]:
+    """The charts that belong to a table; none for a figure that fewer than two rows know."""
+    shown = {column.key: column for column in table.columns}
+    drawn = [_chart(table, shown[key]) for key in _CHARTS.get(table.key, ()) if key in shown]
+    return tuple(chart for chart in drawn if chart)
+
+
+def _chart(table: Table, column: Column) -> Chart | None:
+    known = [(row, value) for row in table.rows if isinstance(value := row.cells[column.key].sort_value, float)]
+    if len(known) < 2:
+        return None
+    known.sort(key=lambda pair: pair[1], reverse=column.better == "higher")
+    left_out, known = known[_MOST_BARS:], known[:_MOST_BARS]
+    labels = _labels([row for row, _ in known])
+    entries = [row.cells[column.key].entries[0] for row, _ in known]
+    top = max(
+        max(value, *(entry.bounds or ())) if entry.bounds else value
+        for (_, value), entry in zip(known, entries, strict=True)
+    )
+    scale = _FULL_BAR / top if top > 0 else 0.0
+    bars = tuple(
+        Bar(
+            label,
+            entry.text,
+            round(max(value, 0) * scale, 2),
+            tuple(round(max(end, 0) * scale, 2) for end in entry.bounds) if entry.bounds else None,  # type: ignore
+            bool(row.marks),
+        )
+        for (row, value), label, entry in zip(known, labels, entries, strict=True)
+    )
+    notes = ["Less is better." if column.better == "lower" else "More is better."]
+    notes += ["Whiskers: 95 % interval."] if any(bar.whisker for bar in bars) else []
+    notes += ["Muted bars: see the marks in the table."] if any(bar.marked for bar in bars) else []
+    notes += [f"The first {_MOST_BARS} of {_MOST_BARS + len(left_out)} runs."] if left_out else []
+    told = "; ".join(
+        f"{bar.label}: {bar.text}" + (f" ({entry.interval})" if entry.interval else "")
+        for bar, entry in zip(bars, entries, strict=True)
+    )
+    return Chart(f"{table.key}-{column.key}", column.full_title, " ".join(notes), told, bars)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    def parts(row: Row, keys: Sequence[str]) -> str:
+        return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
+
+    # What all runs share would only make every label longer.
+    keys = ["model", "quant", "adapter"]
+    keys += ["dtype"] if len({parts(row, keys) for row in rows}) < len(rows) else []
+    keys += ["device"] if len({parts(row, ["device"]) for row in rows}) > 1 else []
+    labels = [parts(row, keys) for row in rows]
+    return [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]

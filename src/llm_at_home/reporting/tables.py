@@ -1,0 +1,383 @@
+"""From records to the four tables: the one place where columns are decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.reporting import facts
+from llm_at_home.reporting.cells import NO_READING, Cell, Column, Entry, Row, Table, number, text, unknown
+from llm_at_home.reporting.load import Loaded, Run
+
+KEYS = ("inference", "finetuning", "evaluations", "unfinished")
+RANDOM = "random weights"
+EMULATED = "emulated card"
+_MARK_NOTES = {
+    RANDOM: "random weights: the architecture without its weights, so memory, speed and energy only",
+    EMULATED: "emulated card: memory is a result; speed and energy are those of the host's card",
+}
+_UNJUDGED = "no judge has scored this run yet: python evaluate.py task=judge answers=RUN_FOLDER"
+_UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge with a baseline=RUN_FOLDER"
+_UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
+_NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
+_SCORES = ("judge_score_mean", "judge_score")
+_PROCESS = ("process_memory_peak", "process_memory")
+
+_MODEL = Column("model", "Model", kind="text", terminal="Model")
+_QUANT = Column("quant", "Quant", kind="text", terminal="Quant")
+_ADAPTER = Column("adapter", "Adapter", kind="text", terminal="Adapter")
+_DEVICE = Column("device", "Device", kind="text")
+_MEMORY = tuple(
+    Column(key, title, "Memory", unit="GB", better="lower", terminal=terminal)
+    for key, title, terminal in (
+        ("torch_allocated_peak", "torch allocated, peak", "Mem GB"),
+        ("torch_reserved_peak", "torch reserved, peak", ""),
+        ("process_memory", "process", ""),
+        ("resident_set_peak", "resident set, peak", "RSS GB"),
+    )
+)
+_ENERGY = (
+    Column("energy_gross", "gross", "Energy", unit="Wh", decimals=2, better="lower"),
+    Column("energy_net", "net", "Energy", unit="Wh", decimals=2, better="lower"),
+)
+INFERENCE = (
+    _MODEL,
+    _QUANT,
+    _ADAPTER,
+    Column("dtype", "Dtype", kind="text"),
+    _DEVICE,
+    Column("kernel", "Kernel", kind="text"),
+    *_MEMORY,
+    Column("time_to_first_token", "first token", "Speed", unit="s", decimals=3, better="lower"),
+    Column("prefill_tokens_per_second", "prefill", "Speed", unit="tokens/s", decimals=1, better="higher"),
+    Column(
+        "decode_tokens_per_second",
+        "decode",
+        "Speed",
+        unit="tokens/s",
+        decimals=1,
+        better="higher",
+        terminal="Tok/s",
+    ),
+    *_ENERGY,
+    Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token"),
+    Column("judge_score", "judge score", "Quality", "many", better="higher", terminal="Score"),
+    Column("win_rate", "win rate", "Quality", "many", unit="%", decimals=1, better="higher"),
+)
+_AFTER = (
+    Column("exact_match", "exact match", unit="%", decimals=1, better="higher", terminal="EM %"),
+    Column("token_f1", "token F1", unit="%", decimals=1, better="higher"),
+    Column("refusal_recall", "refusal recall", unit="%", decimals=1, better="higher"),
+    Column("false_refusal_rate", "false refusals", unit="%", decimals=1, better="lower"),
+    Column("perplexity_home_bench", "perplexity, home_bench", better="lower", terminal="PPL"),
+)
+FINETUNING = (
+    _MODEL,
+    _QUANT,
+    _ADAPTER,
+    _DEVICE,
+    Column("trainable_parameters", "Trainable parameters", decimals=0),
+    Column("steps", "Steps", decimals=0),
+    *_MEMORY,
+    Column("steps_per_second", "steps", "Speed", unit="steps/s", decimals=3, better="higher", terminal="Steps/s"),
+    Column("tokens_per_second", "tokens", "Speed", unit="tokens/s", decimals=0, better="higher"),
+    *_ENERGY,
+    Column("energy_per_step", "per step", "Energy", unit="J/step", decimals=1, better="lower", terminal="J/step"),
+    Column("loss_first", "first", "Loss", decimals=3, better="lower"),
+    Column("loss_last", "last", "Loss", decimals=3, better="lower", terminal="Loss"),
+    *(replace(column, group="Quality, before → after", kind="pair") for column in _AFTER),
+)
+EVALUATIONS = (
+    Column("evaluation", "Evaluation", kind="text", terminal="Evaluation"),
+    _MODEL,
+    _QUANT,
+    _ADAPTER,
+    Column("on", "Questions or data", kind="text", terminal="On"),
+    Column("figures", "Figures", kind="many", terminal="Figures"),
+    Column("judgments", "made", "Judgments", decimals=0, terminal="Judgments"),
+    Column("judgments_missing", "missing", "Judgments", decimals=0, better="lower", terminal="Missing"),
+)
+UNFINISHED = (
+    Column("task", "Task", kind="text", terminal="Task"),
+    Column("status", "Status", kind="text", terminal="Status"),
+    _MODEL,
+    _QUANT,
+    replace(_ADAPTER, terminal=""),
+    replace(_DEVICE, terminal=""),
+    Column("error", "Error", kind="text", terminal="Error"),
+    Column("folder", "Folder", kind="text", terminal="Folder"),
+)
+
+
+def build(loaded: Loaded) -> tuple[Table, ...]:
+    """The tables of inference, fine-tuning, evaluations and unfinished runs; one without rows is left out."""
+    book = _Book(loaded)
+    made = (
+        _table(
+            "inference",
+            "Inference",
+            "Cost and quality of running each model.",
+            INFERENCE,
+            book,
+            book.inference,
+        ),
+        _table(
+            "finetuning",
+            "Fine-tuning",
+            "Cost and effect of training each adapter. Quality: the untouched model → after training.",
+            FINETUNING,
+            book,
+            book.finetuning,
+        ),
+        _table("evaluations", "Evaluations", "Every scoring of a run.", EVALUATIONS, book, book.evaluation),
+        _table(
+            "unfinished",
+            "Runs that didn’t finish",
+            "What stopped each run.",
+            UNFINISHED,
+            book,
+            book.unfinished,
+        ),
+    )
+    return tuple(table for table in made if table.rows)
+
+
+def _table(
+    key: str,
+    title: str,
+    caption: str,
+    columns: tuple[Column, ...],
+    book: _Book,
+    story: Callable[[Run], dict[str, Cell] | None],
+) -> Table:
+    rows = []
+    for run in book.runs:
+        cells = story(run)
+        if cells is not None:
+            rows.append(Row(cells, run.path, _marks(run.record, key), run))
+    if key in ("inference", "finetuning"):
+        rows.sort(key=lambda row: str(row.cells["model"].sort_value))
+    # A kind of memory that none of the devices defines would be a column of dashes.
+    defined = {name for row in rows if row.run for name in _defined_memory(row.run.record)}
+    columns = tuple(c for c in columns if c not in _MEMORY or c.key in defined)
+    return Table(key, title, caption, columns, tuple(rows), _MARK_NOTES)
+
+
+class _Book:
+    """The runs, looked up the ways that the tables need."""
+
+    def __init__(self, loaded: Loaded):
+        self.runs = loaded.runs
+        finished = [r for r in loaded.runs if r.record.task == "evaluate" and r.record.status == "ok"]
+        self.judged = [r for r in finished if facts.evaluation(r.record) == "judge"]
+        self.tested = [r for r in finished if facts.evaluation(r.record) == "text"]
+        # An adapter may come from a training run that a newer one of the same config has replaced.
+        trained = [r for r in (*loaded.superseded, *loaded.runs) if r.record.task == "train"]
+        self.trained = {r.path.parent.resolve(): r for r in trained}
+
+    def inference(self, run: Run) -> dict[str, Cell] | None:
+        record = run.record
+        if record.task != "infer":
+            return None
+        cells = self._who(run)
+        cells["dtype"] = text(facts.name_at(record.config, "dtype"))
+        kernel = facts.kernel(record)
+        cells["kernel"] = text(kernel) if kernel else Cell((unknown("the record names no kernel"),))
+        for column in INFERENCE:
+            if column.key not in cells and column.kind == "number":
+                cells[column.key] = Cell((_measured(column, run),))
+        for key, names, missing in (
+            ("judge_score", _SCORES, _UNJUDGED),
+            ("win_rate", ("win_rate",), _UNCOMPARED),
+        ):
+            cells[key] = self._judged(_column(INFERENCE, key), names, run, missing)
+        return cells
+
+    def finetuning(self, run: Run) -> dict[str, Cell] | None:
+        record = run.record
+        if record.task != "train":
+            return None
+        cells = self._who(run)
+        cells["steps"] = Cell((_steps(run),))
+        scored = [r for r in self.tested if facts.subject_hash(r.record) == (record.config_hash or None)]
+        # Scores on other data, or on a base of other bits, are nothing to set against the one before.
+        after = _preferred(r for r in scored if _kin(r.record, record))
+        before, missing = self._before(record, after)
+        for column in FINETUNING:
+            if column.kind == "pair":
+                first = _scored(column, before, missing, "before")
+                untested = _UNTESTED if record.status == "ok" else _unmeasured(record)
+                cells[column.key] = Cell((first, _scored(column, after, untested, "after")))
+            elif column.key not in cells:
+                cells[column.key] = Cell((_measured(column, run),))
+        return cells
+
+    def evaluation(self, run: Run) -> dict[str, Cell] | None:
+        record = run.record
+        if record.task != "evaluate":
+            return None
+        kind = facts.evaluation(record)
+        cells = self._who(run)
+        cells["evaluation"] = text(kind, run.path)
+        # A judge reads the questions that the judged run was asked.
+        on = facts.name_at(facts.about(record), "questions" if kind == "judge" else "data", "name")
+        cells["on"] = text(on)
+        figures = tuple(_figure(name, record.quality[name], run) for name in _headlines(record.quality))
+        cells["figures"] = Cell(figures or (unknown(_unmeasured(record)),))
+        for key in ("judgments", "judgments_missing"):
+            why = NO_READING if kind == "judge" else "not an evaluation by a judge"
+            cells[key] = Cell((_count(record, key, run.path, why),))
+        return cells
+
+    def unfinished(self, run: Run) -> dict[str, Cell] | None:
+        record = run.record
+        if record.status == "ok":
+            return None
+        cells = self._who(run)
+        task = f"evaluate {facts.evaluation(record)}" if record.task == "evaluate" else record.task
+        cells["task"] = text(task)
+        cells["status"] = text(record.status.replace("_", " "))
+        line = facts.error_line(record)
+        cells["error"] = text(line) if line else Cell((unknown("the record holds no error message"),))
+        cells["folder"] = text(run.path.parent, run.path)
+        return cells
+
+    def _who(self, run: Run) -> dict[str, Cell]:
+        return {
+            "model": text(facts.model(run.record), run.path),
+            "quant": text(facts.quant(run.record)),
+            "adapter": text(self._adapter(run.record.task, run.record.config, run.record.subject)),
+            "device": text(facts.device(run.record)),
+        }
+
+    def _adapter(self, task: object, config: object, subject: object = None) -> str:
+        if task == "train":
+            return facts.name_at(config, "adapter", "name")
+        if facts.at(subject, "config"):
+            return self._adapter(facts.at(subject, "task"), facts.at(subject, "config"))
+        path = facts.at(config, "adapter_path")
+        if not path:
+            return "none"
+        folder = Path(str(path)).resolve()
+        for place in (folder, *folder.parents):
+            if place in self.trained:
+                return facts.name_at(self.trained[place].record.config, "adapter", "name")
+        return facts.path_tail(path)
+
+    def _judged(self, column: Column, names: Iterable[str], run: Run, missing: str) -> Cell:
+        entries = []
+        for judge in self.judged:
+            if run.record.config_hash and facts.subject_hash(judge.record) == run.record.config_hash:
+                reading = next((judge.record.quality[name] for name in names if name in judge.record.quality), None)
+                if reading:
+                    entries.append(column.entry(reading, judge.path, facts.clean(reading.method)))
+        if facts.has_random_weights(run.record) and not entries:
+            missing = "a model with random weights has no quality to score"
+        return Cell(tuple(entries) or (unknown(missing),))
+
+    def _before(self, trained: Record, after: Run | None) -> tuple[Run | None, str]:
+        def same(record: Record) -> bool:
+            bare = not record.subject and not facts.at(record.config, "adapter_path")
+            return bare and _kin(record, trained)
+
+        bare = [run for run in self.tested if same(run.record)]
+        if not after:
+            return _preferred(bare), _NO_BASE
+        # Scores over the first few questions and over all of them are not a before and an after.
+        limit = facts.at(after.record.config, "limit")
+        alike = [run for run in bare if facts.at(run.record.config, "limit") == limit]
+        other = "before: the untouched model was scored with another limit= than the trained one"
+        return _preferred(alike), other if bare else _NO_BASE
+
+
+def _kin(record: Record, other: Record) -> bool:
+    # The same model, quantization and data.
+    data = [facts.name_at(one.config, "data", "name") for one in (record, other)]
+    return (
+        data[0] == data[1] and facts.model(record) == facts.model(other) and facts.quant(record) == facts.quant(other)
+    )
+
+
+def _preferred(runs: Iterable[Run]) -> Run | None:
+    # The newest, and one over the whole set before one cut short by limit=.
+    found = sorted(runs, key=lambda run: (facts.at(run.record.config, "limit") is None, run.when))
+    return found[-1] if found else None
+
+
+def _column(columns: tuple[Column, ...], key: str) -> Column:
+    return next(column for column in columns if column.key == key)
+
+
+def _unmeasured(record: Record) -> str:
+    return (
+        NO_READING
+        if record.status == "ok"
+        else f"the run ended ({record.status.replace('_', ' ')}) before this was measured"
+    )
+
+
+def _defined_memory(record: Record) -> tuple[str, ...]:
+    return facts.CPU_MEMORY if facts.on_cpu(record) else facts.CUDA_MEMORY
+
+
+def _measured(column: Column, run: Run) -> Entry:
+    record = run.record
+    if column in _MEMORY and column.key not in _defined_memory(record):
+        return unknown(
+            "a figure of CUDA devices; this run was on a CPU"
+            if facts.on_cpu(record)
+            else "the figure for runs on a CPU; this one was on a card"
+        )
+    names = _PROCESS if column.key in _PROCESS else (column.key,)
+    known = record.quality | record.readings
+    reading = next((known[name] for name in names if name in known), None)
+    return column.entry(reading, run.path, missing=_unmeasured(record))
+
+
+def _scored(column: Column, run: Run | None, missing: str, label: str) -> Entry:
+    if run is None:
+        return unknown(missing, label)
+    return column.entry(run.record.quality.get(column.key), run.path, label)
+
+
+def _figure(name: str, reading: Reading, run: Run) -> Entry:
+    share = reading.unit == "1" and any(name.endswith(end) for end in ("match", "f1", "recall", "rate"))
+    column = Column(name, name, unit="%" if share else None, decimals=1 if share else 2)
+    entry = column.entry(reading, run.path, facts.clean(name).replace("_", " "))
+    return replace(entry, text=f"{entry.text} %") if share and entry.value is not None else entry
+
+
+def _steps(run: Run) -> Entry:
+    # A run that stopped early planned max_steps and did not do them.
+    planned = facts.at(run.record.config, "trainer", "max_steps") if run.record.status == "ok" else None
+    for value in (facts.at(run.record.counts, "steps"), planned):
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return Entry(number(value, 0), float(value), source=run.path)
+    return unknown(_unmeasured(run.record))
+
+
+def _headlines(quality: Iterable[str]) -> list[str]:
+    # A judge's record has its figures for each category too: sixteen more, which stay a click away.
+    whole = (*_SCORES, "win_rate")
+    return [
+        name
+        for name in quality
+        if name in whole or "_turn_" in name or not name.startswith(("judge_score_", "win_rate_"))
+    ]
+
+
+def _count(record: Record, name: str, source: Path, why: str) -> Entry:
+    value = facts.at(record.counts, name)
+    if isinstance(value, int):
+        return Entry(number(value, 0), float(value), source=source)
+    return unknown(why)
+
+
+def _marks(record: Record, table: str) -> tuple[str, ...]:
+    marks = [RANDOM] if facts.has_random_weights(record) else []
+    marks += [EMULATED] if facts.emulated(record) else []
+    # The table of unfinished runs has a column for it.
+    marks += [record.status.replace("_", " ")] if record.status != "ok" and table != "unfinished" else []
+    return tuple(marks)

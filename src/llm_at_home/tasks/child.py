@@ -1,0 +1,128 @@
+"""The child process of one job: ``python -m llm_at_home.tasks.child FOLDER`` runs what FOLDER/job.json says.
+
+Whatever happens, it leaves a record; only a refusal leaves none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import faulthandler
+import json
+import logging
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Interrupted, Refusal
+from llm_at_home.records import provenance, store
+from llm_at_home.records.schema import Record
+from llm_at_home.records.tracking import Tracker
+from llm_at_home.tasks import resolve
+from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB
+
+log = logging.getLogger("llm_at_home")
+PR_SET_PDEATHSIG = 1
+
+
+def main(folder: Path) -> int:
+    """Run the job, write its record, and return the exit code."""
+    _die_with_parent()
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    with (folder / "job.log").open("a", encoding="utf-8") as log_file:
+        faulthandler.enable(log_file)
+        _set_up_logging(log_file)
+        return _run(job, folder)
+
+
+def _run(job: dict[str, Any], folder: Path) -> int:
+    task, config = job["task"], job["config"]
+    record = Record(task=task, config=config, config_hash=job["config_hash"], provenance=provenance.collect())
+    tracker = _open_tracker(record, job["sweep"])
+    start = time.perf_counter()
+    try:
+        resolve.task_module(task).run(config, folder, record, tracker)
+    except Refusal as refusal:
+        (folder / "refusal.txt").write_text(str(refusal), encoding="utf-8")
+        if tracker is not None:
+            tracker.discard()
+        return EXIT_REFUSED
+    except (Interrupted, KeyboardInterrupt) as error:
+        _fail(record, "interrupted", error)
+    except Exception as error:
+        _fail(record, "out_of_memory" if _is_out_of_memory(error) else "failed", error)
+    finished = resolve.ingredients(task, config)
+    record.provenance |= {
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - start, 1),
+        "seed": config["seed"],
+        **{key: value for key, value in finished.items() if key not in ("task", "packages", "gpu")},
+    }
+    if tracker is not None:
+        if tracker.problem:
+            record.notes.append(tracker.problem)
+        store.save(record, folder)
+        tracker.close(record, folder)
+        if tracker.problem and tracker.problem not in record.notes:
+            record.notes.append(tracker.problem)
+    store.save(record, folder)
+    return EXIT_FAILED if record.status == "failed" else 0
+
+
+def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
+    logger = record.config["logger"]
+    if logger["name"] == "none":
+        return None
+    groups = [key for key in ("model", "quant", "adapter", "gpu") if key in record.config]
+    tags: dict[str, str] = {"task": record.task, **{key: _name(record.config[key]) for key in groups}}
+    words = [tags[key] for key in ("task", "model", "quant", "adapter") if tags.get(key, "none") != "none"]
+    tracker = Tracker(logger["tracking_uri"], logger["experiment"], " ".join(words), sweep)
+    tracker.open(record.config, tags)
+    return tracker
+
+
+def _name(group: Any) -> str:
+    return str(group.get("card") or group.get("name")) if isinstance(group, dict) else str(group)
+
+
+def _fail(record: Record, status: str, error: BaseException) -> None:
+    record.status = status
+    lines = traceback.format_exception(error)
+    log.error("".join(lines))
+    message = str(error).splitlines()[0] if str(error) else "asked to stop"
+    record.error = {"type": type(error).__name__, "message": message, "traceback": "".join(lines)[-4000:]}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _set_up_logging(log_file: Any) -> None:
+    """Everything goes to job.log; only warnings of this package reach the terminal."""
+    to_file = logging.StreamHandler(log_file)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setLevel(logging.WARNING)
+    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file])
+    log.addHandler(to_terminal)
+    logging.captureWarnings(True)
+    for name in ("httpx", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _die_with_parent() -> None:
+    """Linux: get SIGTERM when the parent is killed, so that no job outlives its command."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,140 @@
+"""Evaluation: a judge over a run's answers, or a model over a data set's test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.records import store
+from llm_at_home.records.jsonl import read_jsonl
+from llm_at_home.records.schema import Record
+from llm_at_home.records.tracking import Tracker
+
+ANSWERS = "answers.jsonl"
+
+
+def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
+    """Fill ``record.quality``.
+
+    Args:
+        config: a resolved configuration of ``conf/evaluate.yaml``; ``task`` says which evaluation.
+        folder: the run folder; judgments or answers are written there.
+        record: filled in as the run goes.
+        tracker: MLflow, or None.
+    """
+    {"judge": _judge, "text": _text}[config["task"]](config, folder, record)
+
+
+def _judge(config: Mapping[str, Any], folder: Path, record: Record) -> None:
+    """Grade the answers of one run, alone or against a baseline's, on the questions that it answered."""
+    from llm_at_home.data.questions import load_questions
+    from llm_at_home.evaluation.judge import judge_run
+
+    judged = store.load(config["answers"])
+    record.subject = subject(judged, config["answers"])
+    asked = judged.config["questions"]
+    questions = load_questions(
+        asked["source"],
+        path=asked["path"],
+        ids=asked["ids"],
+        limit=judged.config["limit"],
+        references=asked["references"] or "gpt-4",
+    )[: config["limit"]]
+    answers = _rows(config["answers"])
+    baseline = _rows(config["baseline"]) if config["baseline"] else None
+    quality, counts = judge_run(config["judge"], questions, answers, baseline, folder)
+    record.quality |= quality
+    record.counts |= counts
+
+
+def _rows(run_folder: str) -> list[dict[str, Any]]:
+    return list(read_jsonl(store.run_folder(run_folder) / ANSWERS))
+
+
+def subject(record: Record, folder: str | Path) -> dict[str, Any]:
+    """What an evaluation's record says of the run that it is about."""
+    return {
+        "folder": str(store.run_folder(folder)),
+        "config_hash": record.config_hash,
+        "task": record.task,
+        "config": record.config,
+    }
+
+
+def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
+    """Exact match, F1 and refusals on the test split, and perplexity on general questions."""
+    from llm_at_home.data.questions import load_questions
+    from llm_at_home.data.sources import load_split
+    from llm_at_home.evaluation.perplexity import conversation_perplexity
+    from llm_at_home.evaluation.text import text_quality
+    from llm_at_home.tasks.infer import load_engine
+
+    if config["adapter_path"]:
+        record.subject = _training_run(config["adapter_path"])
+        trained_on = record.subject["config"]["quant"]["name"] if record.subject else config["quant"]["name"]
+        if trained_on != config["quant"]["name"]:
+            record.notes.append(f"trained on quant={trained_on}, evaluated on quant={config['quant']['name']}")
+    data = config["data"]
+    loaded = load_split(
+        data["source"],
+        "test",
+        path=data["path"],
+        test_path=data["test_path"],
+        limit=config["limit"],
+        seed=config["seed"],
+    )
+    engine = load_engine(config)
+    record.kernel = engine.kernel
+    predictions = _answers(engine, loaded.conversations, config, folder)
+    references = [c.messages[-1]["content"] for c in loaded.conversations]
+    kinds = [c.kind for c in loaded.conversations]
+    refusals = {reference for kind, reference in zip(kinds, references, strict=True) if kind == "refusal"}
+    refusal = refusals.pop() if len(refusals) == 1 else None
+    record.quality |= text_quality(kinds, predictions, references, refusal)
+    general = [_conversation(question) for question in load_questions("home_bench") if question.reference]
+    record.quality["perplexity_home_bench"] = conversation_perplexity(engine.model, engine.tokenizer, general)
+    record.counts |= {"questions": len(kinds), "bad_lines": len(loaded.bad_lines)}
+
+
+def _training_run(adapter_path: str) -> dict[str, Any] | None:
+    """The training run that an adapter comes from, or None where its folder is no run's."""
+    from llm_at_home.errors import Refusal
+
+    for folder in (Path(adapter_path), Path(adapter_path).parent):
+        try:
+            return subject(store.load(folder), folder)
+        except Refusal:
+            continue
+    return None
+
+
+def _answers(engine: Any, conversations: Sequence[Any], config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Greedy answers to each conversation's last question, in batches of similar length, in the given order."""
+    from llm_at_home.generation.reply import Sampling
+    from llm_at_home.models.chat import prompt_ids
+
+    prompts = [prompt_ids(engine.tokenizer, c.messages[:-1]) for c in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = config["text"]["batch_size"]
+    sampling = Sampling(config["text"]["max_new_tokens"])
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        for i, reply in zip(chosen, engine.reply_batch([prompts[i] for i in chosen], sampling), strict=True):
+            answers[i] = reply.text
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+        for conversation, answer in zip(conversations, answers, strict=True):
+            row = {"id": conversation.id, "kind": conversation.kind, "answer": answer}
+            row |= {"question": conversation.messages[-2]["content"], "reference": conversation.messages[-1]["content"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return answers
+
+
+def _conversation(question: Any) -> list[dict[str, str]]:
+    return [
+        message
+        for asked, answered in zip(question.turns, question.reference, strict=True)
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
+    ]

@@ -1,0 +1,177 @@
+"""From a composed configuration to one without open questions, and to the hash of what it stands on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm_at_home.adapters.attach import adapter_folder
+from llm_at_home.data.questions import questions_hash
+from llm_at_home.data.sources import data_hash
+from llm_at_home.errors import Refusal
+from llm_at_home.evaluation import judge
+from llm_at_home.hardware.device import resolve_device, resolve_dtype
+from llm_at_home.models import source
+from llm_at_home.quantization import base
+from llm_at_home.records import hashing, store
+
+# Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
+UNUSED = {
+    "judge": ("model", "quant", "data", "engine", "dtype", "adapter_path", "text"),
+    "text": ("judge", "answers", "baseline"),
+}
+PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+SYNTHETIC = "synthetic"
+
+
+def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration as plain values: interpolations resolved, ``auto`` decided, names made true.
+
+    Args:
+        task: ``train``, ``infer`` or ``evaluate``.
+        composed: what Hydra composed.
+        overrides: the command line's overrides, to see what the user named.
+
+    Raises:
+        Refusal: for missing values and choices that do not exist.
+    """
+    try:
+        container: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config: dict[str, Any] = container
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise Refusal(f"{key}{str(error).splitlines()[0]}") from error
+    if task == "evaluate":
+        if config["task"] not in UNUSED:
+            raise Refusal(f"task={config['task']} is unknown: choose one of {', '.join(UNUSED)}")
+        config = {key: value for key, value in config.items() if key not in UNUSED[config["task"]]}
+    config["gpu"] = resolve_device(config["gpu"])
+    if "dtype" in config:
+        config["dtype"] = resolve_dtype(config["dtype"], config["gpu"]["device"])
+    if "model" in config:
+        _name_model(config["model"], overrides)
+    if "questions" in config and config["questions"]["path"]:
+        path = Path(config["questions"]["path"])
+        config["questions"] |= {"source": "path", "name": path.stem}
+    if "trainer" in config and config["trainer"]["precision"] is None:
+        config["trainer"]["precision"] = PRECISION[config["dtype"]]
+    return config
+
+
+def _name_model(model: dict[str, Any], overrides: Sequence[str]) -> None:
+    """A source given on the command line is another model than the group's: neither its name nor its shape apply."""
+    named = [override.lstrip("+").split("=")[0] for override in overrides]
+    if "model.source" in named:
+        if "model.name" not in named:
+            model["name"] = None
+        if not any(name.startswith("model.architecture") for name in named):
+            model["architecture"] = None
+    if model["name"] is None:
+        model["name"] = Path(model["source"]).name
+
+
+def check(task: str, config: Mapping[str, Any]) -> None:
+    """Refuse, before anything loads, what cannot work.
+
+    Raises:
+        Refusal: with one line that says what to change.
+    """
+    if config["limit"] is not None and config["limit"] < 1:
+        raise Refusal(f"limit={config['limit']} leaves nothing to do: give at least 1, or null for all")
+    if config.get("adapter_path"):
+        adapter_folder(config["adapter_path"])
+    if "model" in config:
+        source.check(config["model"])
+        base.check(config)
+    {"train": _check_train, "infer": _check_infer, "evaluate": _check_evaluate}[task](config)
+
+
+def _check_train(config: Mapping[str, Any]) -> None:
+    _check_synthetic(config, "data")
+    if config["trainer"]["max_steps"] < 1:
+        raise Refusal(f"trainer.max_steps={config['trainer']['max_steps']} is too small: give at least 1")
+    if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
+        raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
+    resume = config["resume"]
+    if resume and not any((Path(resume) / "checkpoints").glob("step_*")):
+        raise Refusal(f"resume={resume} holds no checkpoint: give the folder of an interrupted training run")
+    if resume:
+        _check_same(config, store.load(resume).config, resume)
+
+
+def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
+    for group in ("model", "quant", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
+        if config[group] != before.get(group):
+            raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
+    steps = [c.get("callbacks", {}).get("accumulation", {}).get("steps") for c in (config, before)]
+    if steps[0] != steps[1]:
+        raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
+
+
+def _check_infer(config: Mapping[str, Any]) -> None:
+    if config["mode"] not in ("bench", "chat"):
+        raise Refusal(f"mode={config['mode']} is unknown: choose bench or chat")
+    if config["repeats"] < 1:
+        raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
+    if config["mode"] == "chat" and config["model"]["weights"] == "random":
+        raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
+    _check_synthetic(config, "questions")
+
+
+def _check_synthetic(config: Mapping[str, Any], group: str) -> None:
+    model = config["model"]
+    if config[group]["source"] != SYNTHETIC and model["weights"] == "random" and model["architecture"]:
+        raise Refusal(f"{model['name']} with random weights has no tokenizer: use {group}=synthetic")
+
+
+def _check_evaluate(config: Mapping[str, Any]) -> None:
+    if config["task"] == "judge":
+        if not config["answers"]:
+            raise Refusal("task=judge needs answers=RUN_FOLDER, the folder of a finished inference run")
+        runs = [store.load(config[key]) for key in ("answers", "baseline") if config[key]]
+        for run in runs:
+            if run.task != "infer":
+                raise Refusal(f"answers and baseline are folders of inference runs, but one holds a {run.task} record")
+            if run.config["model"]["weights"] == "random":
+                raise Refusal("answers of random weights have no quality to judge: use model.weights=pretrained")
+        judge.check(config["judge"], has_baseline=bool(config["baseline"]))
+    elif config["model"]["weights"] == "random":
+        raise Refusal("random weights have no quality to measure: use model.weights=pretrained")
+    elif config["data"]["source"] == SYNTHETIC:
+        raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
+
+
+def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Content hashes of what the configuration names by path or name, package versions, and the GPU.
+
+    Raises:
+        Refusal: for a data file, question file or run folder that cannot be read.
+    """
+    found: dict[str, Any] = {"task": task, "packages": hashing.package_versions(), "gpu": config["gpu"]["card"]}
+    if "model" in config:
+        found["model"] = source.identity(config["model"])
+    data = config.get("data")
+    if data and data["source"] != SYNTHETIC:
+        found["data"] = data_hash(data["source"], path=data["path"], test_path=data["test_path"])
+    questions = config.get("questions")
+    if questions and questions["source"] != SYNTHETIC:
+        found["questions"] = questions_hash(
+            questions["source"], path=questions["path"], references=questions["references"] or "gpt-4"
+        )
+    if config.get("adapter_path"):
+        folder = adapter_folder(config["adapter_path"])
+        found["adapter"] = hashing.folder_hash(folder, ["adapter_config.json", "*.safetensors"])
+    for key in ("answers", "baseline"):
+        if config.get(key):
+            found[key] = hashing.folder_hash(store.run_folder(config[key]), ["answers.jsonl"])
+    return found
+
+
+def task_module(task: str) -> Any:
+    """The module with the story of this task."""
+    return importlib.import_module(f"llm_at_home.tasks.{task}")

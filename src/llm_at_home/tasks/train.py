@@ -1,0 +1,138 @@
+"""Fine-tuning, from data and base model to a saved adapter and a record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Refusal
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.records.tracking import Tracker
+from llm_at_home.tasks.resolve import SYNTHETIC
+
+
+def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
+    """Train what ``adapter=`` says and fill ``record`` with what it cost and how the loss went.
+
+    Args:
+        config: a resolved configuration of ``conf/train.yaml``.
+        folder: the run folder; ``adapter/`` (or ``model/``), ``checkpoints/`` and ``metrics.csv`` are written there.
+        record: filled in as the run goes, so that a failed one still tells what it knew.
+        tracker: MLflow, or None.
+    """
+    from hydra.utils import instantiate
+    from lightning.pytorch import seed_everything
+
+    from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
+    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
+    from llm_at_home.training.callbacks.memory import PeakMemory
+    from llm_at_home.training.module import CausalLMModule
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
+    seed_everything(config["seed"], verbose=False)
+    callbacks = _callbacks(config, folder, tracker)
+    for callback in callbacks:
+        if isinstance(callback, PeakMemory):
+            callback.before_load(config["gpu"]["device"])
+    data, record.counts = _data(config)
+
+    start = time.perf_counter()
+    base = load_base(config)
+    record.readings["load_time"] = Reading(time.perf_counter() - start, "s", "clock")
+    record.kernel = describe_kernel(base)
+    model = prepare_for_training(base, config["adapter"], config["adapter_path"])
+    record.readings["trainable_parameters"] = Reading(float(trainable_parameters(model)), "1", "counted")
+
+    module = CausalLMModule(model, instantiate(config["optimizer"]), instantiate(config["scheduler"]))
+    trainer = instantiate(
+        config["trainer"],
+        accelerator={"cpu": "cpu", "cuda": "gpu"}[config["gpu"]["device"]],
+        devices=1,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    checkpoint = last_checkpoint(Path(config["resume"])) if config["resume"] else None
+    if checkpoint:
+        record.notes.append(f"resumed from {checkpoint}")
+    try:
+        # The checkpoint is this program's own and holds more than tensors (random states, loop positions).
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+    finally:
+        _read(record, module, callbacks)
+    if config["adapter"]["trains"] != "nothing":
+        save_weights(model, folder)
+
+
+def _callbacks(config: Mapping[str, Any], folder: Path, tracker: Tracker | None) -> list[Any]:
+    """The configured callbacks with the step log among them.
+
+    It comes right after the one that times steps, so that writing the log is no part of a step's time, and before
+    those that show or save what it closed.
+    """
+    from hydra.utils import instantiate
+
+    from llm_at_home.training.callbacks.step_log import StepLog
+    from llm_at_home.training.callbacks.throughput import Throughput
+
+    callbacks = [instantiate(options) for options in (config["callbacks"] or {}).values()]
+    timing = [callback for callback in callbacks if isinstance(callback, Throughput)]
+    others = [callback for callback in callbacks if not isinstance(callback, Throughput)]
+    return [*timing, StepLog(folder, tracker), *others]
+
+
+def _data(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
+    """The data module, and how many conversations were truncated, dropped or unreadable."""
+    from llm_at_home.training.data import ChatDataModule
+
+    conversations, pad_id, bad_lines = _encoded(config)
+    try:
+        data = ChatDataModule(conversations, config["data"]["batch_size"], pad_id, config["seed"])
+    except ValueError as error:
+        raise Refusal(f"data={config['data']['name']}: {error}") from error
+    return data, {**data.counts, "bad_lines": bad_lines}
+
+
+def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
+    """Encoded conversations, the padding token's id, and the number of lines that could not be read."""
+    from llm_at_home.data.sources import load_split
+    from llm_at_home.models.chat import encode
+    from llm_at_home.models.loading import load_config, load_tokenizer
+    from llm_at_home.training.data import random_conversations
+
+    options = config["data"]
+    if options["source"] == SYNTHETIC:
+        vocabulary = load_config(config["model"]).vocab_size
+        count = config["limit"] or options["conversations"]
+        return random_conversations(count, options["max_length"], vocabulary, config["seed"]), 0, 0
+    loaded = load_split(
+        options["source"],
+        "train",
+        path=options["path"],
+        test_path=options["test_path"],
+        limit=config["limit"],
+        seed=config["seed"],
+    )
+    for line in loaded.bad_lines:
+        print(f"left out: {line}")
+    tokenizer = load_tokenizer(config["model"])
+    encoded = [encode(tokenizer, c.messages, options["max_length"]) for c in loaded.conversations]
+    return encoded, tokenizer.pad_token_id, len(loaded.bad_lines)
+
+
+def _read(record: Record, module: Any, callbacks: Sequence[Any]) -> None:
+    """Collect the callbacks' readings and the losses; also after a run that failed."""
+    for callback in callbacks:
+        if hasattr(callback, "readings"):
+            record.readings |= callback.readings()
+    record.counts["optimizer_steps"] = len(module.history)
+    if module.history:
+        method = "mean_over_tokens_of_the_step"
+        record.quality["loss_first"] = Reading(module.history[0]["loss"], "nats/token", method, n=1)
+        record.quality["loss_last"] = Reading(module.history[-1]["loss"], "nats/token", method, n=1)

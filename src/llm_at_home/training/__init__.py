@@ -1,0 +1,1 @@
+"""Fine-tuning: the Lightning module, the data module and the callbacks."""

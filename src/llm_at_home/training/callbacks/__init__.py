@@ -1,0 +1,1 @@
+"""Lightning callbacks, one file each: accumulation, clipping, power, memory, throughput, checkpoints."""

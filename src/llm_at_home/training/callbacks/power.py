@@ -1,0 +1,41 @@
+"""Power metering: the energy of the training steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from llm_at_home.metering.energy import EnergyMeter
+from llm_at_home.records.schema import Reading
+
+
+class PowerMeter(Callback):
+    """Energy from the first step to the last, in all and for each optimizer step, by the best counter there is.
+
+    Args:
+        idle_seconds: length of the idle baseline, taken with the model loaded; skipped where there is no counter.
+    """
+
+    def __init__(self, idle_seconds: float = 5.0) -> None:
+        self.idle_seconds = idle_seconds
+        self._meter: EnergyMeter | None = None
+        self._first_step = 0
+        self._steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the idle baseline and begin to count."""
+        self._meter = EnergyMeter(pl_module.device.type, self.idle_seconds)
+        self._meter.measure_idle()
+        self._first_step = trainer.global_step
+        self._meter.start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop counting."""
+        if self._meter is not None:
+            self._meter.stop()
+            self._steps = trainer.global_step - self._first_step
+
+    def readings(self) -> dict[str, Reading]:
+        """``energy_gross`` and ``energy_net`` (Wh) and ``energy_per_step`` (J/step)."""
+        return self._meter.readings("step", self._steps) if self._meter is not None else {}

@@ -1,0 +1,105 @@
+"""The data module: conversations to padded batches, in an order that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from llm_at_home.models.chat import IGNORED, Encoded
+
+
+class ResumableLoader:
+    """Batches of encoded conversations; a permutation a pass, drawn from seed and pass number alone.
+
+    Lightning saves ``state_dict()`` with its checkpoints, so that a resumed run goes on with the very next batch.
+
+    Args:
+        conversations: what to draw from.
+        batch_size: conversations in a batch; the last of a pass may be smaller.
+        pad_id: token id that fills the shorter ones, on the right.
+        seed: of the order.
+    """
+
+    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int) -> None:
+        self.conversations = conversations
+        self.batch_size = batch_size
+        self.pad_id = pad_id
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.conversations) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.conversations), generator=generator).tolist()
+        while self.position < len(self):
+            start = self.position * self.batch_size
+            self.position += 1
+            chosen = [self.conversations[i] for i in order[start : start + self.batch_size]]
+            yield collate(chosen, self.pad_id)
+        self.epoch += 1
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch stands."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def collate(conversations: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each of shape (conversations, longest)."""
+    length = max(len(c.input_ids) for c in conversations)
+
+    def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([c.input_ids for c in conversations], pad_id),
+        "attention_mask": padded([[1] * len(c.input_ids) for c in conversations], 0),
+        "labels": padded([c.labels for c in conversations], IGNORED),
+    }
+
+
+def random_conversations(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:
+    """Random token ids of one length, the loss over all: for resource figures of a model without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
+    return [Encoded(row, row, truncated=False) for row in rows]
+
+
+class ChatDataModule(LightningDataModule):
+    """Training batches for :class:`llm_at_home.training.module.CausalLMModule`.
+
+    Args:
+        conversations: encoded; those without a token for the loss are dropped and counted.
+        batch_size: conversations in a micro-batch.
+        pad_id: the tokenizer's padding token.
+        seed: of the order.
+
+    Raises:
+        ValueError: when nothing is left to train on.
+    """
+
+    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int) -> None:
+        super().__init__()
+        kept = [c for c in conversations if c.trained_tokens > 0]
+        if not kept:
+            raise ValueError("no conversation has an assistant token within data.max_length")
+        self.counts = {
+            "conversations": len(kept),
+            "conversations_truncated": sum(c.truncated for c in kept),
+            "conversations_dropped": len(conversations) - len(kept),
+        }
+        self._loader = ResumableLoader(kept, batch_size, pad_id, seed)
+
+    def train_dataloader(self) -> Any:
+        """The one loader of this run."""
+        return self._loader

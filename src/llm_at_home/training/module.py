@@ -1,0 +1,140 @@
+"""The Lightning module: a causal language model whose loss is averaged over the tokens of the effective batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from llm_at_home.models.chat import IGNORED
+
+# Sums of token losses are divided by this before the backward pass, so that fp16 gradients keep their usual size; it
+# cancels out before the optimizer sees them.
+REFERENCE_TOKENS = 256.0
+
+
+class CausalLMModule(LightningModule):
+    """Fine-tunes what is trainable in ``model`` on batches of token ids.
+
+    Gradients of an accumulation window are summed over its tokens and divided once by their number, so that the split
+    of an effective batch into micro-batches does not change the update, whatever the lengths (a mean of means would).
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        optimizer: makes the optimizer from the trainable parameters.
+        scheduler: makes the learning-rate schedule from the optimizer; it counts optimizer steps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        scheduler: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.strict_loading = False  # checkpoints hold the trainable parameters alone
+        self.history: list[dict[str, float]] = []
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._gradient_norm: float | None = None
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._loss_sum: Any = 0.0
+        self._tokens = 0
+        self._input_tokens = 0
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule; None where nothing trains."""
+        if not self._trainable:
+            return None
+        optimizer = self.make_optimizer(self._trainable)
+        if self.make_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """One micro-batch.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (conversations, tokens).
+            batch_idx: its number in the epoch.
+
+        Returns:
+            The sum of the token losses over ``REFERENCE_TOKENS``, a scalar.
+        """
+        with torch.set_grad_enabled(bool(self._trainable)):
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = token_loss_sum(logits, batch["labels"])
+        self._loss_sum = self._loss_sum + loss.detach()
+        self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._input_tokens += int(batch["attention_mask"].sum())
+        scaled = loss / REFERENCE_TOKENS
+        return scaled if self._trainable else scaled.detach().requires_grad_()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled)."""
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        if gradients:
+            factor = self.trainer.accumulate_grad_batches * REFERENCE_TOKENS / self._tokens
+            torch._foreach_mul_(gradients, factor)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the accumulated gradient's 2-norm, and keep the norm from before clipping."""
+        if gradient_clip_val and self._trainable:
+            norm = torch.nn.utils.clip_grad_norm_(self._trainable, float(gradient_clip_val))
+            self._gradient_norm = float(norm)
+
+    def close_window(self) -> dict[str, float]:
+        """Figures of the optimizer step just made: ``loss`` (nats/token), ``tokens``, ``gradient_norm``, ``lr``.
+
+        Called once a step, by the step log; the next window starts here.
+        """
+        step = {
+            "step": float(self.trainer.global_step),
+            "loss": float(self._loss_sum) / self._tokens,
+            "tokens": float(self._tokens),
+            "input_tokens": float(self._input_tokens),
+        }
+        if self._gradient_norm is not None:
+            step["gradient_norm"] = self._gradient_norm
+        if self._trainable:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            step["lr"] = float(optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.history.append(step)
+        self._start_window()
+        return step
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trainable parameters alone: the base is not the checkpoint's to keep."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history of steps, so that a resumed run still knows its first loss."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the history of steps."""
+        self.history = list(checkpoint["history"])
+
+
+def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of next-token cross entropies in nats, in float32.
+
+    Args:
+        logits: of shape (conversations, tokens, vocabulary).
+        labels: of shape (conversations, tokens), -100 where the loss does not look.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )

@@ -1,0 +1,82 @@
+"""What many tests share: a tiny real model, and commands run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Log lines of libraries are no test's business, and no test reaches for the hub.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MLFLOW_DISABLE_TELEMETRY="true")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer: real code paths in milliseconds."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from llm_at_home.models.embedded import ensure_converted
+
+    tokenizer = AutoTokenizer.from_pretrained(ensure_converted())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_model: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start one of the entry points on the tiny model, offline, with all outputs below ``tmp_path``.
+
+    ``start("train.py", "adapter=lora", model=False)`` leaves the model to the configuration.
+    """
+
+    def popen(script: str, *overrides: str, model: bool = True, **environment: str) -> subprocess.Popen[str]:
+        words = [sys.executable, script, f"paths.output={tmp_path}/multirun", "logger=none", "gpu=cpu"]
+        if model:
+            words += ["model=custom", f"model.source={tiny_model}", "model.name=tiny"]
+        inherited = {key: value for key, value in os.environ.items() if key != "LLM_AT_HOME_STAMP"}
+        return subprocess.Popen(
+            [*words, *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**inherited, **environment},
+        )
+
+    return popen
+
+
+@pytest.fixture
+def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run such a command to its end: ``command(script, *overrides, model=True, stdin="")``."""
+
+    def run(script: str, *overrides: str, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+        process = start(script, *overrides, **options)
+        out, err = process.communicate(stdin, timeout=250)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run

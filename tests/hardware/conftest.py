@@ -1,0 +1,10 @@
+"""The fake driver of tests/metering."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "metering"))
+
+from fake_nvml import driver
+
+__all__ = ["driver"]

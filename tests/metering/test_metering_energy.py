@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from fake_nvml import FakeGpu
+
+from llm_at_home.metering import energy
+from llm_at_home.metering.energy import EnergyMeter, RaplCounter, open_counter
+
+A = "GPU-aaaaaaaa-1111-2222-3333-444444444444"
+B = "GPU-bbbbbbbb-1111-2222-3333-444444444444"
+UNKNOWN = ("energy_gross", "energy_net", "energy_per_token")
+
+
+def zone(root: Path, name: str, label: str, uj: int | None, span: int = 262_143_328_850) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "name").write_text(f"{label}\n")
+    (folder / "max_energy_range_uj").write_text(f"{span}\n")
+    if uj is not None:
+        (folder / "energy_uj").write_text(f"{uj}\n")
+    return folder / "energy_uj"
+
+
+@pytest.fixture
+def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "powercap"
+    root.mkdir()
+    monkeypatch.setattr(energy, "RAPL_ROOT", root)
+    return root
+
+
+class Clock:
+    """Time that passes when somebody sleeps, and draws power meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, use) -> None:
+        self.now, self.use = 100.0, use
+        monkeypatch.setattr(energy.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(energy.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.use(seconds)
+
+
+@pytest.fixture
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests with a false clock, which a waiting thread would race with."""
+    monkeypatch.setattr(energy.threading.Thread, "start", lambda self: None)
+
+
+# -- the GPU's counter
+
+
+def test_nvml_counts_in_millijoules(driver) -> None:
+    (gpu,) = driver(FakeGpu(energy_mj=5_000_000))
+    meter = EnergyMeter("cuda")
+    meter.start()
+    gpu.energy_mj += 7_200_000  # 7200 J are 2 Wh
+    meter.stop()
+    figures = meter.readings("token", 100)
+    assert figures["energy_gross"].value == pytest.approx(2.0)
+    assert (figures["energy_gross"].unit, figures["energy_gross"].method) == ("Wh", "nvml_counter")
+    assert figures["energy_per_token"].value == pytest.approx(72.0)
+    assert figures["energy_per_token"].unit == "J/token"
+
+
+@pytest.mark.parametrize("visible", ["1", B, "GPU-bbbb", f"{B},0", "1,0"])
+def test_nvml_counts_the_visible_gpu_and_not_its_neighbour(driver, visible: str) -> None:
+    first, second = driver(FakeGpu(uuid=A, energy_mj=1), FakeGpu(uuid=B, energy_mj=9_000), visible=visible)
+    meter = EnergyMeter("cuda")
+    meter.start()
+    first.energy_mj += 10**9
+    second.energy_mj += 3_600_000
+    meter.stop()
+    assert meter.readings("token", 1)["energy_gross"].value == pytest.approx(1.0)
+
+
+def test_a_card_before_volta_has_no_counter_and_says_so(driver) -> None:
+    driver(FakeGpu(name="Tesla P100", capability=(6, 0), energy_mj=None))
+    meter = EnergyMeter("cuda", idle_seconds=100)
+    before = time.perf_counter()
+    meter.measure_idle()
+    assert time.perf_counter() - before < 5, "nothing is waited for without a counter"
+    meter.start()
+    meter.stop()
+    figures = meter.readings("token", 10)
+    for name in UNKNOWN:
+        assert figures[name].value is None
+        assert "Not Supported" in figures[name].reason
+
+
+@pytest.mark.parametrize("case", ["no driver", "no visible GPU"])
+def test_cuda_without_a_gpu_the_driver_names_is_unknown_and_not_zero(driver, case: str) -> None:
+    driver(FakeGpu(), present=case != "no driver", visible="MIG-1234" if case == "no visible GPU" else None)
+    counter, reason = open_counter("cuda")
+    assert counter is None
+    assert "cannot be read" in reason
+
+
+def test_a_counter_that_fails_during_the_run_costs_the_figure_and_not_the_run(driver) -> None:
+    (gpu,) = driver(FakeGpu())
+    meter = EnergyMeter("cuda")
+    meter.start()
+    gpu.energy_mj = None
+    meter.stop()
+    meter.start()
+    meter.stop()
+    reading = meter.readings("token", 10)["energy_gross"]
+    assert reading.value is None
+    assert "failed during the run" in reading.reason
+
+
+# -- the processor's counter
+
+
+def test_packages_are_added_up_and_their_parts_are_not_counted_twice(powercap: Path) -> None:
+    first = zone(powercap, "intel-rapl:0", "package-0", 1_000_000)
+    core = zone(powercap, "intel-rapl:0:0", "core", 500_000)
+    second = zone(powercap, "intel-rapl:1", "package-1", 0)
+    platform = zone(powercap, "intel-rapl:2", "psys", 0)
+    other_way = zone(powercap, "intel-rapl-mmio:0", "package-0", 1_000_000)
+    (powercap / "intel-rapl").mkdir()
+    counter = RaplCounter()
+    first.write_text("4000000\n")
+    core.write_text("9000000\n")
+    second.write_text("2000000\n")
+    platform.write_text("50000000\n")
+    other_way.write_text("4000000\n")
+    assert counter.joules() == pytest.approx(5.0)
+
+
+def test_the_wrap_around_is_put_right_each_time(powercap: Path) -> None:
+    file = zone(powercap, "intel-rapl:0", "package-0", 65_000_000_000, span=65_532_610_987)
+    counter = RaplCounter()
+    file.write_text("467389013")  # 532.6 J to the end and 467.4 J from the start
+    assert counter.joules() == pytest.approx(1000.0, abs=1e-3)
+    file.write_text("65000000000")
+    file_total = 1000.0 + (65_000_000_000 - 467_389_013) / 1e6
+    assert counter.joules() == pytest.approx(file_total, abs=1e-3)
+    file.write_text("467389013")
+    assert counter.joules() == pytest.approx(file_total + 1000.0, abs=1e-3)
+
+
+def test_a_thread_sees_the_wrap_arounds_between_two_questions(powercap: Path, monkeypatch) -> None:
+    monkeypatch.setattr(energy, "RAPL_READ_SECONDS", 0.01)
+    file = zone(powercap, "intel-rapl:0", "package-0", 0, span=999_999)
+    counter = RaplCounter()
+    for value in (600_000, 200_000, 800_000, 400_000, 0):  # 0.6 J each
+        temporary = file.with_suffix(".new")
+        temporary.write_text(str(value))
+        temporary.replace(file)
+        deadline = time.monotonic() + 5
+        while counter._last[0] != value and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert counter.joules() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("case", ["nothing there", "no energy_uj", "garbage", "only psys"])
+def test_unreadable_counters_are_unknown_with_a_reason_and_never_zero(powercap: Path, case: str) -> None:
+    if case == "no energy_uj":
+        zone(powercap, "intel-rapl:0", "package-0", None)
+    elif case == "garbage":
+        zone(powercap, "intel-rapl:0", "package-0", 5).write_text("not a number")
+    elif case == "only psys":
+        zone(powercap, "intel-rapl:0", "psys", 5)
+    meter = EnergyMeter("cpu")
+    meter.measure_idle()
+    meter.start()
+    meter.stop()
+    for name in UNKNOWN:
+        reading = meter.readings("token", 10)[name]
+        assert reading.value is None
+        assert "processor's energy counter cannot be read" in reading.reason
+        assert "\n" not in reading.reason
+
+
+def test_a_counter_that_only_root_may_read_is_unknown(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zone(powercap, "intel-rapl:0", "package-0", 5)
+    read_text = Path.read_text
+
+    def denied(self: Path, *arguments, **options):
+        if self.name == "energy_uj":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_text(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)  # root, as whom tests may run, could read any file
+    counter, reason = open_counter("cpu")
+    assert counter is None
+    assert "Permission denied" in reason
+
+
+def test_a_counter_that_vanishes_during_the_run_is_unknown(powercap: Path) -> None:
+    file = zone(powercap, "intel-rapl:0", "package-0", 5)
+    meter = EnergyMeter("cpu")
+    meter.start()
+    file.unlink()
+    meter.stop()
+    assert meter.readings("step", 3)["energy_per_step"].value is None
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_counter_that_stands_still_is_no_reading_of_zero(powercap: Path, started: bool) -> None:
+    zone(powercap, "intel-rapl:0", "package-0", 0)
+    meter = EnergyMeter("cpu")
+    if started:
+        meter.start()
+    meter.stop()
+    for reading in meter.readings("token", 3).values():
+        assert reading.value is None
+        assert reading.reason == "the counter did not move"
+
+
+# -- the meter
+
+
+@pytest.mark.usefixtures("no_thread")
+def test_net_is_gross_less_the_idle_power_times_the_time(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = zone(powercap, "intel-rapl:0", "package-0", 0)
+    watts = 10.0
+
+    def use(seconds: float) -> None:
+        file.write_text(str(int(file.read_text()) + int(watts * seconds * 1e6)))
+
+    clock = Clock(monkeypatch, use)
+    meter = EnergyMeter("cpu", idle_seconds=4.0)
+    meter.measure_idle()
+    assert clock.now == 104.0
+    watts = 46.0
+    for _ in range(2):  # what passes between stop and start is not counted
+        meter.start()
+        clock.sleep(50.0)
+        meter.stop()
+        clock.sleep(1000.0)
+    figures = meter.readings("step", 20)
+    assert figures["idle_power"].value == pytest.approx(10.0)
+    assert figures["idle_power"].unit == "W"
+    assert figures["energy_gross"].value == pytest.approx(4600 / 3600)
+    assert figures["energy_net"].value == pytest.approx(3600 / 3600)
+    assert figures["energy_per_step"].value == pytest.approx(230.0)
+    assert {reading.method for reading in figures.values()} == {"rapl"}
+
+
+def test_net_is_unknown_without_a_baseline_and_no_unit_of_work_means_no_share(powercap: Path) -> None:
+    file = zone(powercap, "intel-rapl:0", "package-0", 0)
+    meter = EnergyMeter("cpu")
+    meter.start()
+    file.write_text("3600000000")
+    meter.stop()
+    figures = meter.readings("token", 0)
+    assert figures["energy_gross"].value == pytest.approx(1.0)
+    assert figures["energy_net"].value is None
+    assert "baseline" in figures["energy_net"].reason
+    assert figures["energy_per_token"].value is None
+    assert "no token" in figures["energy_per_token"].reason

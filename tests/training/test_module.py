@@ -1,0 +1,144 @@
+"""The loss is averaged over the tokens of the effective batch, and clipping acts on the accumulated gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from lightning import Trainer
+from transformers import AutoModelForCausalLM
+
+from llm_at_home.models.chat import IGNORED, Encoded
+from llm_at_home.training.callbacks.accumulation import GradientAccumulation
+from llm_at_home.training.callbacks.clipping import GradientClipping
+from llm_at_home.training.callbacks.step_log import StepLog
+from llm_at_home.training.callbacks.throughput import Throughput
+from llm_at_home.training.data import ChatDataModule
+from llm_at_home.training.module import CausalLMModule
+
+
+def conversations(lengths, trained_share=0.5):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(10, 40000, (length,), generator=generator).tolist()
+        cut = int(length * (1 - trained_share))
+        rows.append(Encoded(ids, [IGNORED] * cut + ids[cut:], truncated=False))
+    return rows
+
+
+def fit(tiny_model, tmp_path, batch_size, accumulate, steps=2, optimizer=None, callbacks=(), lengths=(5, 40, 12, 33)):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5))
+    # In one pass the order of the four does not matter to their sum.
+    data = ChatDataModule(conversations(lengths), batch_size, pad_id=0, seed=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[GradientAccumulation(accumulate), StepLog(tmp_path, None), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data)
+    return module
+
+
+def test_micro_batches_do_not_change_the_update(tiny_model, tmp_path):
+    whole = fit(tiny_model, tmp_path, batch_size=4, accumulate=1)
+    split = fit(tiny_model, tmp_path, batch_size=1, accumulate=4)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), split.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+    assert [s["loss"] for s in whole.history] == pytest.approx([s["loss"] for s in split.history], rel=1e-5)
+    assert [s["tokens"] for s in whole.history] == [s["tokens"] for s in split.history]
+
+
+def test_a_last_window_that_is_not_full_is_averaged_over_its_own_tokens(tiny_model, tmp_path):
+    # Three conversations in windows of two: the second window of the pass holds one.
+    uneven = fit(tiny_model, tmp_path, batch_size=1, accumulate=2, steps=2, lengths=(20, 20, 20))
+    reference = fit(tiny_model, tmp_path, batch_size=2, accumulate=1, steps=2, lengths=(20, 20, 20))
+    for a, b in zip(uneven.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_follow_a_plain_loop(tiny_model, tmp_path):
+    module = fit(
+        tiny_model,
+        tmp_path,
+        batch_size=4,
+        accumulate=1,
+        steps=3,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0),
+        callbacks=[GradientClipping(0.3)],
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses, norms = [], []
+    loader = ChatDataModule(conversations((5, 40, 12, 33)), 4, 0, seed=0).train_dataloader()
+    for _ in range(3):
+        for batch in loader:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            labels = batch["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+            optimizer.step()
+            losses.append(loss.item())
+    assert [s["loss"] for s in module.history] == pytest.approx(losses, rel=1e-5)
+    assert [s["gradient_norm"] for s in module.history] == pytest.approx(norms, rel=1e-4)
+
+
+def test_clipping_acts_on_the_accumulated_gradient(tiny_model, tmp_path):
+    clipping = GradientClipping(max_norm=0.01)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    module = fit(tiny_model, tmp_path, batch_size=1, accumulate=4, steps=1, callbacks=[clipping])
+    moved = sum(float(((a - b) ** 2).sum()) for a, b in zip(module.model.parameters(), start.parameters(), strict=True))
+    assert moved**0.5 == pytest.approx(0.5 * 0.01, rel=1e-3)  # SGD at 0.5 moves by rate times clipped norm
+    assert clipping.readings()["clipped_share"].value == 1.0
+    assert clipping.readings()["gradient_norm_median"].value > 0.01
+
+
+def test_throughput_counts_optimizer_steps_and_leaves_warm_up_out(tiny_model, tmp_path):
+    throughput = Throughput(warmup_steps=2)
+    fit(tiny_model, tmp_path, batch_size=1, accumulate=2, steps=6, callbacks=[throughput])
+    readings = throughput.readings()
+    assert len(throughput.seconds) == 6
+    assert readings["steps_per_second"].n == 4
+    assert readings["steps_per_second"].value == pytest.approx(4 / sum(throughput.seconds[2:]))
+    assert readings["warmup_time"].value == pytest.approx(sum(throughput.seconds[:2]))
+    low, high = readings["steps_per_second"].interval95
+    assert low < readings["steps_per_second"].value < high
+
+
+def test_a_run_without_a_measured_step_says_so(tiny_model, tmp_path):
+    throughput = Throughput(warmup_steps=5)
+    fit(tiny_model, tmp_path, batch_size=4, accumulate=1, steps=1, callbacks=[throughput])
+    assert throughput.readings()["steps_per_second"].value is None
+    assert "warm-up" in throughput.readings()["steps_per_second"].reason
+
+
+def test_conversations_without_a_trained_token_are_dropped_and_counted():
+    rows = [*conversations((10, 20)), Encoded([1, 2, 3], [IGNORED] * 3, truncated=True)]
+    data = ChatDataModule(rows, 2, 0, 0)
+    assert data.counts == {"conversations": 2, "conversations_truncated": 0, "conversations_dropped": 1}
+    with pytest.raises(ValueError, match="max_length"):
+        ChatDataModule(rows[2:], 2, 0, 0)
+
+
+def test_the_loader_goes_on_where_it_was_stopped():
+    rows = conversations(range(5, 25))
+    loader = ChatDataModule(rows, 3, 0, seed=7).train_dataloader()
+    straight = [batch["input_ids"] for _ in range(2) for batch in loader]
+    first, resumed = (ChatDataModule(rows, 3, 0, seed=7).train_dataloader() for _ in range(2))
+    iterator = iter(first)
+    seen = [next(iterator)["input_ids"] for _ in range(4)]
+    resumed.load_state_dict(first.state_dict())
+    seen += [batch["input_ids"] for batch in resumed] + [batch["input_ids"] for batch in resumed]
+    assert len(seen) == len(straight)
+    assert all(torch.equal(a, b) for a, b in zip(seen, straight, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(straight[:7], straight[7:], strict=True))  # passes differ

@@ -1,0 +1,76 @@
+"""A run that a signal stopped leaves a record, and resuming it gives the losses of the run that was not stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import time
+
+import pytest
+
+STEPS = 40
+PROTOCOL = (
+    "adapter=lora",
+    "adapter.r=4",
+    "adapter.lora_dropout=0.1",  # draws random numbers, so that their state matters too
+    "data.batch_size=2",
+    "callbacks.accumulation.steps=3",
+    "optimizer.lr=1e-2",
+    "scheduler=linear",
+    "limit=30",
+    f"trainer.max_steps={STEPS}",
+    "rerun=true",
+)
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
+
+
+def wait_for_steps(folder, steps, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.csv").is_file() and len((folder / "metrics.csv").read_text().splitlines()) > steps:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{steps} steps were not reached: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_exactly(tmp_path, command, start, number):
+    straight = tmp_path / "straight"
+    done = command("train.py", *PROTOCOL, f"hydra.run.dir={straight}")
+    assert done.returncode == 0, done.stderr
+
+    stopped = tmp_path / "stopped"
+    process = start("train.py", *PROTOCOL, f"hydra.run.dir={stopped}")
+    wait_for_steps(stopped, 5, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1, err
+    record = json.loads((stopped / "record.json").read_text())
+    assert record["status"] == "interrupted"
+    assert signal.Signals(number).name in record["error"]["message"]
+    assert 5 <= len(losses(stopped)) < STEPS, "it was to be stopped in the middle"
+
+    resumed = tmp_path / "resumed"
+    done = command("train.py", *PROTOCOL, f"resume={stopped}", f"hydra.run.dir={resumed}")
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed) == losses(straight)
+    assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        straight / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_resume_with_other_settings_is_refused(tmp_path, command):
+    folder = tmp_path / "run"
+    few = ("limit=8", "adapter.r=4", "trainer.max_steps=2", "callbacks.checkpoints.every_n_steps=1")
+    assert command("train.py", *few, f"hydra.run.dir={folder}").returncode == 0
+    other = command("train.py", *few, "adapter.r=8", f"resume={folder}")
+    assert other.returncode == 2
+    assert "another adapter" in other.stderr
+    nothing = command("train.py", *few, f"resume={tmp_path}/none")
+    assert nothing.returncode == 2
+    assert "holds no checkpoint" in nothing.stderr

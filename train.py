@@ -1,0 +1,18 @@
+"""Fine-tune an adapter on a base model: ``python train.py [group=choice] [key=value] [-m]``."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from llm_at_home.tasks import launch
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> float | None:
+    """Run one training job in a process of its own and return its metric."""
+    return launch.job("train", config)
+
+
+if __name__ == "__main__":
+    launch.run(main)
