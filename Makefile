@@ -13,7 +13,7 @@ setup: ## .venv, the package, the embedded model, MT-bench's files; a second cal
 
 demo: setup ## quantized inference, fine-tuning, evaluation and report on the embedded model (under 10 minutes on two cores)
 	$(PY) infer.py -m experiment=demo quant=none,nf4,int8 hydra.sweep.dir=$(DEMO)/infer
-	$(PY) evaluate.py -m judge=local judge.mode=both baseline=$(DEMO)/infer/none answers=$(DEMO)/infer/nf4,$(DEMO)/infer/int8 hydra.sweep.dir=$(DEMO)/judge
+	$(PY) evaluate.py -m judge=local judge.mode=both limit=2 baseline=$(DEMO)/infer/none answers=$(DEMO)/infer/nf4,$(DEMO)/infer/int8 hydra.sweep.dir=$(DEMO)/judge
 	$(PY) evaluate.py task=text hydra.run.dir=$(DEMO)/before
 	$(PY) train.py experiment=handbook hydra.run.dir=$(DEMO)/train
 	$(PY) evaluate.py task=text adapter_path=$(DEMO)/train hydra.run.dir=$(DEMO)/after

@@ -53,7 +53,10 @@ def start(tmp_path: Path, tiny_model: Path) -> Callable[..., subprocess.Popen[st
     """
 
     def popen(script: str, *overrides: str, model: bool = True, **environment: str) -> subprocess.Popen[str]:
-        words = [sys.executable, script, f"paths.output={tmp_path}/multirun", "logger=none", "gpu=cpu"]
+        # argparse takes flags before the overrides or after them, not in between.
+        flags = [word for word in overrides if word.startswith("-")]
+        overrides = tuple(word for word in overrides if not word.startswith("-"))
+        words = [sys.executable, script, *flags, f"paths.output={tmp_path}/multirun", "logger=none", "gpu=cpu"]
         if model:
             words += ["model=custom", f"model.source={tiny_model}", "model.name=tiny"]
         inherited = {key: value for key, value in os.environ.items() if key != "LLM_AT_HOME_STAMP"}

@@ -38,9 +38,7 @@ def test_keeps_what_a_line_says_of_itself(write):
 
 
 def test_leaves_out_keys_of_a_message_that_no_template_reads(write):
-    (conversation,), _ = read_jsonl(
-        write({"messages": [{**USER, "name": "Ann"}, {**ASSISTANT, "weight": 1}]})
-    )
+    (conversation,), _ = read_jsonl(write({"messages": [{**USER, "name": "Ann"}, {**ASSISTANT, "weight": 1}]}))
     assert conversation.messages == [USER, ASSISTANT]
 
 

@@ -118,10 +118,7 @@ def test_refused_entities_share_no_word_between_training_and_test(source):
     small = {"the", "a", "an", "of", "to"}
     unknown = {s: build.Handbook(source, s).unknown() for s in ("train", "test")}
     known = {fact.entity for fact in build.Handbook(source, "train").facts}
-    content = {
-        s: {w.rstrip("s") for _, entity in found for w in words(entity)} - small
-        for s, found in unknown.items()
-    }
+    content = {s: {w.rstrip("s") for _, entity in found for w in words(entity)} - small for s, found in unknown.items()}
     assert not content["train"] & content["test"]
     for found in unknown.values():
         assert len(set(found)) == len(found)
@@ -154,9 +151,7 @@ def test_a_question_never_has_two_answers(train, test):
 def test_no_question_gives_its_answer_away(source):
     book = build.Handbook(source, "train")
     for fact in book.facts:
-        for template in (
-            source["attributes"][fact.attribute]["train"] + source["attributes"][fact.attribute]["test"]
-        ):
+        for template in source["attributes"][fact.attribute]["train"] + source["attributes"][fact.attribute]["test"]:
             assert fact.answer.lower() not in build.word(template, fact.entity).lower()
 
 

@@ -115,9 +115,7 @@ def test_guanaco_text_becomes_messages():
         {"role": "user", "content": "### not a mark"},
         {"role": "assistant", "content": "Right."},
     ]
-    assert parse_turns("### Human: a### Assistant: b### Human: c") == parse_turns(
-        "### Human: a### Assistant: b"
-    )
+    assert parse_turns("### Human: a### Assistant: b### Human: c") == parse_turns("### Human: a### Assistant: b")
     assert parse_turns("no marks") == []
 
 

@@ -41,11 +41,11 @@ def test_a_sweep_gives_each_job_its_process_and_sums_up(tmp_path, command):
 
 def test_a_job_that_is_killed_leaves_a_record_and_the_sweep_goes_on(tmp_path, start):
     folder = tmp_path / "sweep"
-    words = ("limit=4", "engine.max_new_tokens=400", "seed=1,2", f"hydra.sweep.dir={folder}")
+    words = (*INFER, "seed=1,2", f"hydra.sweep.dir={folder}")
     process = start("infer.py", "-m", *words)
     pid = wait_for_child(process.pid)
     os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert record(folder / "0")["status"] == "failed"
     assert "SIGKILL" in record(folder / "0")["error"]["message"]

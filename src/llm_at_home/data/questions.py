@@ -50,9 +50,7 @@ def question_files(source: str, *, path: str | Path | None = None, references: s
             raise Refusal("the MT-bench questions are not here yet: run `python -m llm_at_home.data fetch`")
         if not files[1].exists():
             known = sorted(file.stem for file in files[1].parent.glob("*.jsonl"))
-            raise Refusal(
-                f"no MT-bench references {references!r}; choose one of {', '.join(known) or 'none'}"
-            )
+            raise Refusal(f"no MT-bench references {references!r}; choose one of {', '.join(known) or 'none'}")
         return files
     if source == "path":
         if not path:
@@ -91,9 +89,7 @@ def load_questions(
     questions = _read_questions(files[0])
     if source == "mt_bench":
         answers = _read_references(files[1])
-        questions = [
-            Question(q.question_id, q.category, q.turns, answers.get(q.question_id)) for q in questions
-        ]
+        questions = [Question(q.question_id, q.category, q.turns, answers.get(q.question_id)) for q in questions]
     if ids is not None:
         by_id = {q.question_id: q for q in questions}
         if missing := [i for i in ids if i not in by_id]:
@@ -127,9 +123,7 @@ def _question_fault(row: Any) -> str | None:
 
 def _reference_fault(value: Any) -> str | None:
     # Looser than the turns: some of the published references are "" for one turn.
-    if value is None or (
-        isinstance(value, list) and len(value) <= TURNS and all(isinstance(t, str) for t in value)
-    ):
+    if value is None or (isinstance(value, list) and len(value) <= TURNS and all(isinstance(t, str) for t in value)):
         return None
     return f"reference is no list of up to {TURNS} strings"
 
@@ -148,9 +142,7 @@ def _read_questions(file: Path) -> list[Question]:
         if reason is not None:
             bad.append(BadLine(number, reason))
             continue
-        question = Question(
-            row["question_id"], row["category"], row["turns"], _reference(row.get("reference"))
-        )
+        question = Question(row["question_id"], row["category"], row["turns"], _reference(row.get("reference")))
         questions[question.question_id] = question
     if bad:
         raise Refusal(f"{file} has bad lines: {summary(bad)}")

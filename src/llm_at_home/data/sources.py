@@ -90,9 +90,7 @@ def check_source(source: str, path: str | Path | None = None) -> None:
     if source not in SOURCES:
         raise Refusal(f"no data source {source!r}; choose one of {', '.join(SOURCES)}")
     if source == "jsonl" and not path:
-        raise Refusal(
-            'data=jsonl needs a file: data.path=conversations.jsonl (one {"messages": [...]} a line)'
-        )
+        raise Refusal('data=jsonl needs a file: data.path=conversations.jsonl (one {"messages": [...]} a line)')
 
 
 def _file(source: str, split: str, path: str | Path | None, test_path: str | Path | None) -> Path:

@@ -78,7 +78,7 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]], max_length: int) 
     the right mask too. Longer conversations are cut at ``max_length`` tokens.
 
     Raises:
-        ValueError: for a template whose text of a prefix is no prefix of the whole text.
+        Refusal: for a template whose text of a prefix is no prefix of the whole text.
     """
     text = render(tokenizer, messages)
     spans = []
@@ -87,7 +87,8 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]], max_length: int) 
             start = render(tokenizer, messages[:i], generation_prompt=True)
             end = render(tokenizer, messages[: i + 1])
             if not text.startswith(start) or not text.startswith(end.rstrip("\n")):
-                raise ValueError("this chat template changes earlier turns, so the assistant's tokens cannot be told")
+                hint = "choose another with model.chat_template=chatml or guanaco"
+                raise Refusal(f"this model's chat template changes earlier turns, which training cannot use: {hint}")
             # The template's newline after the end-of-turn mark is not the model's to say.
             spans.append((len(start), len(end.rstrip("\n"))))
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

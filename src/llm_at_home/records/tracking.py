@@ -49,8 +49,8 @@ class Tracker:
             self._guard(self._log_metrics, metrics, step)
 
     def close(self, record: Record, folder: Path) -> None:
-        """Log the record's figures and files and end the run."""
-        if self.run_id and not self.problem:
+        """Log the record's figures and files and end the run; also after a failed step, which may have been one alone."""
+        if self.run_id:
             self._guard(self._close, record, folder)
 
     def discard(self) -> None:
@@ -95,7 +95,8 @@ class Tracker:
 
     def _parent_run(self, experiment_id: str) -> str:
         tag = "llm_at_home.sweep"
-        found = self._client.search_runs([experiment_id], f"tags.`{tag}` = '{self.sweep}'", max_results=1)
+        quote = '"' if "'" in str(self.sweep) else "'"
+        found = self._client.search_runs([experiment_id], f"tags.`{tag}` = {quote}{self.sweep}{quote}", max_results=1)
         if found:
             return found[0].info.run_id
         name = f"sweep {Path(str(self.sweep)).name}"

@@ -93,7 +93,8 @@ def _data(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
 
     conversations, pad_id, bad_lines = _encoded(config)
     try:
-        data = ChatDataModule(conversations, config["data"]["batch_size"], pad_id, config["seed"])
+        options = config["data"]
+        data = ChatDataModule(conversations, options["batch_size"], pad_id, config["seed"], options["group_by_length"])
     except ValueError as error:
         raise Refusal(f"data={config['data']['name']}: {error}") from error
     return data, {**data.counts, "bad_lines": bad_lines}

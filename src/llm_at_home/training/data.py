@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule
 
 from llm_at_home.models.chat import IGNORED, Encoded
 
+GROUPED_BATCHES = 8  # neighbours in the random order that group_by_length may exchange, in batches
+
 
 class ResumableLoader:
     """Batches of encoded conversations; a permutation a pass, drawn from seed and pass number alone.
@@ -21,13 +23,18 @@ class ResumableLoader:
         batch_size: conversations in a batch; the last of a pass may be smaller.
         pad_id: token id that fills the shorter ones, on the right.
         seed: of the order.
+        group_by_length: put conversations of similar length into a batch, so that fewer tokens are padding. Only
+            neighbours in the random order are regrouped, and the batches are shuffled again.
     """
 
-    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int) -> None:
+    def __init__(
+        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, group_by_length: bool = False
+    ) -> None:
         self.conversations = conversations
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
+        self.group_by_length = group_by_length
         self.epoch = 0
         self.position = 0
 
@@ -35,15 +42,26 @@ class ResumableLoader:
         return -(-len(self.conversations) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.conversations), generator=generator).tolist()
+        batches = self._batches()
         while self.position < len(self):
-            start = self.position * self.batch_size
+            chosen = batches[self.position]
             self.position += 1
-            chosen = [self.conversations[i] for i in order[start : start + self.batch_size]]
-            yield collate(chosen, self.pad_id)
+            yield collate([self.conversations[i] for i in chosen], self.pad_id)
         self.epoch += 1
         self.position = 0
+
+    def _batches(self) -> list[list[int]]:
+        """The batches of this pass, as indices: a function of seed and pass number alone."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.conversations), generator=generator).tolist()
+        if self.group_by_length:
+            size = self.batch_size * GROUPED_BATCHES
+            chunks = [order[i : i + size] for i in range(0, len(order), size)]
+            order = [i for chunk in chunks for i in sorted(chunk, key=lambda i: len(self.conversations[i].input_ids))]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.group_by_length:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return batches
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch stands."""
@@ -83,12 +101,15 @@ class ChatDataModule(LightningDataModule):
         batch_size: conversations in a micro-batch.
         pad_id: the tokenizer's padding token.
         seed: of the order.
+        group_by_length: put conversations of similar length into a batch.
 
     Raises:
         ValueError: when nothing is left to train on.
     """
 
-    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int) -> None:
+    def __init__(
+        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, group_by_length: bool = False
+    ) -> None:
         super().__init__()
         kept = [c for c in conversations if c.trained_tokens > 0]
         if not kept:
@@ -98,7 +119,7 @@ class ChatDataModule(LightningDataModule):
             "conversations_truncated": sum(c.truncated for c in kept),
             "conversations_dropped": len(conversations) - len(kept),
         }
-        self._loader = ResumableLoader(kept, batch_size, pad_id, seed)
+        self._loader = ResumableLoader(kept, batch_size, pad_id, seed, group_by_length)
 
     def train_dataloader(self) -> Any:
         """The one loader of this run."""

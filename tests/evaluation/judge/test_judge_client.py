@@ -54,9 +54,7 @@ def test_fields_that_a_model_refuses_can_be_left_out(server) -> None:
     assert set(server.bodies[0]) == {"messages", "model"}
 
 
-@pytest.mark.parametrize(
-    "fault", ["429", "500", "503", "time-out", "drop", "truncated", "no completion", "no choices"]
-)
+@pytest.mark.parametrize("fault", ["429", "500", "503", "time-out", "drop", "truncated", "no completion", "no choices"])
 def test_faults_that_pass_are_tried_again(server, fault) -> None:
     action = {
         "429": server.fail(429, {"error": {"message": "slow down"}}),

@@ -20,9 +20,7 @@ def rows_of(folder):
 
 
 def test_single_scores_in_fastchat_s_fields(server, config, questions, answers, tmp_path) -> None:
-    server.default = lambda body: server.say(
-        "Good. Rating: [[8]]" if "multi-turn" in user(body) else "[[5.5]]"
-    )
+    server.default = lambda body: server.say("Good. Rating: [[8]]" if "multi-turn" in user(body) else "[[5.5]]")
     readings, counts = judge_run(config, questions, answers, None, tmp_path)
     row = rows_of(tmp_path)[2, 2]
     fastchat = {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
@@ -93,9 +91,7 @@ def test_both_modes_share_a_file(server, config, questions, answers, baseline, t
     assert (counts["judgments"], counts["judge_calls"], counts["inconsistent_orders"]) == (12, 18, 6)
 
 
-def test_an_unreadable_rating_is_asked_once_more_and_then_missing(
-    server, config, questions, answers, tmp_path
-) -> None:
+def test_an_unreadable_rating_is_asked_once_more_and_then_missing(server, config, questions, answers, tmp_path) -> None:
     server.script = [
         server.say("Lovely!"),
         server.say("Rating: [[6]]"),
@@ -118,13 +114,9 @@ def test_an_unreadable_rating_is_asked_once_more_and_then_missing(
 def test_a_pair_with_one_unreadable_order_counts_for_nobody(
     server, config, questions, answers, baseline, tmp_path
 ) -> None:
-    server.default = lambda body: server.say(
-        "[[A]]" if user(body).index("ours") < user(body).index("base") else "?"
-    )
+    server.default = lambda body: server.say("[[A]]" if user(body).index("ours") < user(body).index("base") else "?")
     readings, counts = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
-    assert {(row["g1_winner"], row["g2_winner"]) for row in rows_of(tmp_path).values()} == {
-        ("model_1", "error")
-    }
+    assert {(row["g1_winner"], row["g2_winner"]) for row in rows_of(tmp_path).values()} == {("model_1", "error")}
     assert readings["win_rate"].value is None
     assert (counts["judgments"], counts["judgments_missing"], counts["inconsistent_orders"]) == (0, 6, 0)
 
@@ -153,9 +145,7 @@ def test_no_answer_at_all_is_an_unknown_reading(server, config, questions, tmp_p
     assert server.bodies == []
 
 
-def test_a_finished_run_asks_nothing_and_says_the_same(
-    server, config, questions, answers, baseline, tmp_path
-) -> None:
+def test_a_finished_run_asks_nothing_and_says_the_same(server, config, questions, answers, baseline, tmp_path) -> None:
     server.default = lambda body: server.say(
         "[[A]]" if user(body).startswith("pair") else f"[[{len(user(body)) % 9 + 1}]]"
     )
@@ -177,9 +167,7 @@ def test_changed_answers_and_settings_are_judged_anew(server, config, questions,
     assert (counts["judge_calls"], counts["judgments"]) == (6, 6)
 
 
-def test_a_file_cut_at_any_byte_goes_on_and_loses_one_item(
-    server, config, questions, answers, tmp_path
-) -> None:
+def test_a_file_cut_at_any_byte_goes_on_and_loses_one_item(server, config, questions, answers, tmp_path) -> None:
     whole, _ = judge_run(config, questions, answers, None, tmp_path)
     path = tmp_path / "judgments.jsonl"
     data = path.read_bytes()
@@ -193,9 +181,7 @@ def test_a_file_cut_at_any_byte_goes_on_and_loses_one_item(
         assert len(path.read_text().splitlines()) == 6
 
 
-def test_a_denied_key_ends_the_run_and_keeps_what_was_paid_for(
-    server, config, questions, answers, tmp_path
-) -> None:
+def test_a_denied_key_ends_the_run_and_keeps_what_was_paid_for(server, config, questions, answers, tmp_path) -> None:
     server.script = [server.say("[[3]]"), server.say("[[3]]"), server.fail(401, {"error": {"message": "no"}})]
     with pytest.raises(JudgeDenied, match="401"):
         judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
@@ -214,9 +200,7 @@ def test_a_server_that_is_down_ends_the_run_soon(server, config, questions, answ
     assert rows_of(tmp_path) == {}
 
 
-def test_a_passing_outage_is_missing_now_and_asked_for_next_time(
-    server, config, questions, answers, tmp_path
-) -> None:
+def test_a_passing_outage_is_missing_now_and_asked_for_next_time(server, config, questions, answers, tmp_path) -> None:
     server.script = [server.fail(503), server.say("[[9]]"), server.drop_mid_body()]
     readings, counts = judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
     assert (counts["judgments"], counts["judgments_missing"], counts["judge_failures"]) == (4, 2, 2)
@@ -238,9 +222,7 @@ def test_several_are_under_way_at_once(server, config, questions, answers, tmp_p
     assert readings["judge_score_mean"].value == 2
 
 
-def test_the_key_stays_out_of_the_file(
-    server, config, questions, answers, tmp_path, monkeypatch, capfd
-) -> None:
+def test_the_key_stays_out_of_the_file(server, config, questions, answers, tmp_path, monkeypatch, capfd) -> None:
     key = "secret-0123456789"
     monkeypatch.setenv("JUDGE_TEST_KEY", key)
     server.script = [server.say(f"{key} [[5]]"), server.fail(400, {"error": {"message": f"what is {key}?"}})]

@@ -1,0 +1,69 @@
+"""Writes the README's tables from committed records: ``python -m llm_at_home.reporting.readme README.md``.
+
+A table stands between ``<!-- table: KEY FOLDER COLUMN ... -->`` and ``<!-- end -->``; what is between is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from llm_at_home.errors import Refusal
+from llm_at_home.reporting import load, tables
+from llm_at_home.reporting.cells import EN_DASH, Cell, Column, Table
+
+BLOCK = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str, root: Path) -> str:
+    """The text with every table made anew from the records that it names, below ``root``.
+
+    Raises:
+        Refusal: for a table or column that does not exist.
+    """
+    return BLOCK.sub(lambda match: match[1] + _block(match["words"].split(), root) + match[3], text)
+
+
+def _block(words: list[str], root: Path) -> str:
+    key, folder, *names = words
+    made = {table.key: table for table in tables.build(load.load([root / folder]))}
+    if key not in made:
+        raise Refusal(f"the records in {folder} make no table {key!r}, only {', '.join(made)}")
+    columns = {column.key: column for column in made[key].columns}
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise Refusal(f"the table {key} has no column {missing[0]!r}; it has {', '.join(columns)}")
+    return markdown(made[key], [columns[name] for name in names])
+
+
+def markdown(table: Table, columns: list[Column]) -> str:
+    """The chosen columns as a Markdown table, a line a row."""
+    lines = [[_title(column) for column in columns], ["---"] * len(columns)]
+    lines += [[_text(row.cells[column.key]) for column in columns] for row in table.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _title(column: Column) -> str:
+    return f"{column.title} ({column.unit})" if column.unit else column.title
+
+
+def _text(cell: Cell) -> str:
+    said = [entry.text if entry.value is not None else EN_DASH for entry in cell.entries]
+    return " → ".join(said).replace("|", "\\|")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the tables of the files given, README.md by default."""
+    for name in (argv if argv is not None else sys.argv[1:]) or ["README.md"]:
+        path = Path(name)
+        try:
+            path.write_text(render(path.read_text(encoding="utf-8"), path.resolve().parent), encoding="utf-8")
+        except Refusal as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

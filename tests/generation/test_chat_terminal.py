@@ -1,0 +1,191 @@
+"""The terminal conversation, with the real engine on the tiny model."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from llm_at_home.generation.chat import WELCOME, Chat
+from llm_at_home.generation.eager import EagerEngine
+
+
+@pytest.fixture
+def engine(model: Any, tokenizer: Any) -> EagerEngine:
+    return EagerEngine(model, tokenizer, max_new_tokens=6, temperature=0.0)
+
+
+def talk(engine: EagerEngine, text: str, **options: Any) -> tuple[Chat, str]:
+    out = io.StringIO()
+    chat = Chat(engine, lines=io.StringIO(text), out=out, **options)
+    chat.run()
+    return chat, out.getvalue()
+
+
+def roles(chat: Chat) -> list[str]:
+    return [message["role"] for message in chat.messages]
+
+
+def test_a_conversation_keeps_its_turns_and_prints_each_answer(engine) -> None:
+    chat, out = talk(engine, "Hello\n\nAnd you?\n/exit\nnever read\n")
+    assert roles(chat) == ["user", "assistant"] * 2
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Hello", "And you?"]
+    assert out.startswith(WELCOME)
+    for message in chat.messages[1::2]:
+        assert message["content"] in out
+    assert "never read" not in out
+
+
+def test_the_second_question_is_asked_in_the_light_of_the_first(engine, monkeypatch) -> None:
+    prompts = []
+    reply = engine.reply
+    monkeypatch.setattr(engine, "reply", lambda prompt, *a, **k: (prompts.append(prompt), reply(prompt, *a, **k))[1])
+    chat, _ = talk(engine, "Hello\nAgain\n/reset\nHello\n")
+    first, second, third = (engine.tokenizer.decode(prompt) for prompt in prompts)
+    assert "Hello" in second
+    assert "Again" in second
+    assert (
+        chat.messages[1]["content"]
+        == engine.tokenizer.decode(engine.reply(prompts[2], sampling(engine)).tokens, skip_special_tokens=True).strip()
+    )
+    assert third == first
+
+
+def sampling(engine: EagerEngine) -> Any:
+    from llm_at_home.generation.reply import Sampling
+
+    return Sampling(engine.max_new_tokens)
+
+
+def test_reset_forgets_and_an_unknown_command_is_named_and_not_answered(engine) -> None:
+    chat, out = talk(engine, "Hello\n/reset\n/quit\n")
+    assert chat.messages == []
+    assert "(a new conversation)" in out
+    assert "/quit is no command: /reset or /exit" in out
+
+
+@pytest.mark.parametrize("text", ["", "/exit\n", "  /exit  \n", "\n\n"])
+def test_exit_and_the_end_of_the_input_leave(engine, text: str) -> None:
+    chat, _ = talk(engine, text)
+    assert chat.messages == []
+
+
+def test_a_last_line_without_its_end_is_answered(engine) -> None:
+    chat, _ = talk(engine, "Hello")
+    assert roles(chat) == ["user", "assistant"]
+
+
+def test_answers_vary_by_seed_and_repeat_with_it(model, tokenizer) -> None:
+    warm = EagerEngine(model, tokenizer, max_new_tokens=8)
+
+    def answers(seed: int) -> list[str]:
+        chat, _ = talk(warm, "Hello\n/reset\nHello\n", seed=seed)
+        return [m["content"] for m in chat.messages]
+
+    assert answers(1) == answers(1)
+    assert answers(1) != answers(2)
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model, tokenizer) -> None:
+    endless = EagerEngine(model, tokenizer, max_new_tokens=1500, temperature=0.0)
+    started = threading.Event()
+
+    class Out(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.strip() not in ("", ">") and text.strip() != WELCOME:
+                started.set()
+            return super().write(text)
+
+    out = Out()
+
+    def press() -> None:
+        started.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=press)
+    thread.start()
+    chat = Chat(endless, lines=io.StringIO("Tell me a long story\n/exit\n"), out=out)
+    chat.run()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert out.getvalue().count("(stopped)") == 1
+    assert roles(chat) == ["user", "assistant"]
+    partial = chat.messages[1]["content"]
+    assert 0 < len(tokenizer(partial)["input_ids"]) < 1400
+    # The same conversation goes on: the next answer is a whole one.
+    endless.max_new_tokens = 5
+    chat.lines = io.StringIO("Hello\n")
+    chat.run()
+    assert roles(chat) == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"] == partial
+    assert out.getvalue().count("(stopped)") == 1
+
+
+def test_ctrl_c_within_one_run_stops_one_answer_only(engine) -> None:
+    """The signal arrives during the first answer of two."""
+    out = io.StringIO()
+    chat = Chat(engine, lines=io.StringIO("One\nTwo\n"), out=out)
+    say, said = chat._say, []
+
+    def press_once(text: str) -> None:
+        say(text)
+        if len(chat.messages) == 1 and not said:
+            said.append(text)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    chat._say = press_once
+    chat.run()
+    assert roles(chat) == ["user", "assistant"] * 2
+    assert out.getvalue().count("(stopped)") == 1
+    assert len(chat.messages[3]["content"]) > 0
+
+
+def test_ctrl_c_at_the_prompt_stops_nothing(engine) -> None:
+    class Pressed(io.StringIO):
+        def readline(self, *arguments: Any) -> str:
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().readline(*arguments)
+
+    out = io.StringIO()
+    chat = Chat(engine, lines=Pressed("Hello\n"), out=out)
+    chat.run()
+    assert roles(chat) == ["user", "assistant"]
+    assert "(stopped)" not in out.getvalue()
+
+
+def test_the_former_handler_is_restored_when_the_engine_fails(engine, monkeypatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "reply", fail)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError):
+        talk(engine, "Hello\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_real_terminal_is_read_by_input_and_control_d_leaves(engine, monkeypatch) -> None:
+    lines = iter(["Hello  ", "", EOFError()])
+
+    def read(prompt: str = "") -> str:
+        line = next(lines)
+        if isinstance(line, EOFError):
+            raise line
+        return line
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+    chat = Chat(engine, lines=sys.stdin, out=io.StringIO())
+    chat.run()
+    assert roles(chat) == ["user", "assistant"]
+    assert chat.messages[0]["content"] == "Hello"

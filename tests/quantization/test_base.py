@@ -1,0 +1,109 @@
+"""What is loaded is what was asked for, and its gradients are right."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from llm_at_home.adapters.attach import prepare_for_training
+from llm_at_home.quantization import base, bitsandbytes
+
+LORA = {
+    "name": "lora",
+    "trains": "adapter",
+    "_target_": "peft.LoraConfig",
+    "task_type": "CAUSAL_LM",
+    "r": 4,
+    "target_modules": "all-linear",
+}
+NF4 = {
+    "name": "nf4",
+    "method": "bitsandbytes",
+    "bits": 4,
+    "config": {"_target_": "transformers.BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+INT8 = {
+    "name": "int8",
+    "method": "bitsandbytes",
+    "bits": 8,
+    "config": {"_target_": "transformers.BitsAndBytesConfig", "load_in_8bit": True},
+}
+
+
+def config(tiny_model, quant, **more):
+    model = {
+        "name": "tiny",
+        "source": str(tiny_model),
+        "revision": None,
+        "weights": "pretrained",
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "chat_template": None,
+        "architecture": None,
+    }
+    return {"model": model, "quant": quant, "dtype": "float32", "gpu": {"device": "cpu"}, **more}
+
+
+@pytest.mark.parametrize(("quant", "kind"), [(NF4, "Linear4bit"), (INT8, "Linear8bitLt")])
+def test_the_kernel_is_named_and_no_layer_is_left_plain(tiny_model, quant, kind):
+    model = base.load_base(config(tiny_model, quant))
+    kernel = base.describe_kernel(model)
+    assert kernel["layers"] == {kind: 14}
+    assert kernel["backend"].startswith("bitsandbytes cpu")
+
+
+def test_a_layer_that_stays_plain_is_an_error(tiny_model, monkeypatch):
+    load = bitsandbytes.load
+
+    def with_one_plain_layer(options):
+        model = load(options)
+        model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+        return model
+
+    monkeypatch.setattr(bitsandbytes, "load", with_one_plain_layer)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj"):
+        base.load_base(config(tiny_model, NF4))
+
+
+def dequantized(model):
+    """A dense copy with the values that the 4-bit layers stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense = copy.deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight.data = weight.float()
+            dense.set_submodule(name, linear)
+    return dense
+
+
+def gradients(model):
+    torch.manual_seed(0)
+    wrapped = prepare_for_training(model, LORA)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(100, 140).reshape(2, 20)
+    with torch.no_grad():
+        wrapped(input_ids=ids)  # the forward pass after which bitsandbytes would repack its weights
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+
+
+def test_gradients_on_nf4_equal_those_of_its_dequantized_copy(tiny_model):
+    quantized = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    dense = dequantized(quantized)
+    expected, found = gradients(dense), gradients(quantized)
+    for (name, a), (_, b) in zip(expected.items(), found.items(), strict=True):
+        assert float((a - b).norm() / a.norm()) < 1e-3, name
+
+
+def test_a_training_run_keeps_the_kernel_with_right_gradients(tiny_model):
+    for_training = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    layers = [m for m in for_training.modules() if type(m).__name__ == "Linear4bit"]
+    assert layers
+    assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
