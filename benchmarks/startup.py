@@ -1,4 +1,4 @@
-"""How long a command takes to answer when it loads no model: --help, --cfg job, an unknown choice, a refused combination.
+"""How long a command takes to answer when it loads no model: help, configuration, a refusal.
 
     python benchmarks/startup.py            prints a table and writes results/<machine>/startup.json
 

@@ -49,7 +49,7 @@ class Tracker:
             self._guard(self._log_metrics, metrics, step)
 
     def close(self, record: Record, folder: Path) -> None:
-        """Log the record's figures and files and end the run; also after a failed step, which may have been one alone."""
+        """Log the record's figures and files and end the run, also after a step that failed."""
         if self.run_id:
             self._guard(self._close, record, folder)
 
