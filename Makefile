@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO ?= multirun/demo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format report ui clean
+.PHONY: help setup demo test test-slow lint format report readme ui clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ format: setup ## let ruff mend style and imports
 
 report: setup ## tables and figures from all records: reports/index.html
 	$(PY) -m llm_at_home.reporting
+
+readme: setup ## write the README's tables from the records in results/
+	$(PY) -m llm_at_home.reporting.readme README.md
 
 ui: setup ## MLflow on http://127.0.0.1:5000
 	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

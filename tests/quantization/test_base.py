@@ -107,3 +107,41 @@ def test_a_training_run_keeps_the_kernel_with_right_gradients(tiny_model):
     layers = [m for m in for_training.modules() if type(m).__name__ == "Linear4bit"]
     assert layers
     assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
+
+
+@pytest.mark.parametrize(("quant", "kind"), [(NF4, "Linear4bit"), (INT8, "Linear8bitLt")])
+def test_random_weights_are_quantized_as_read_ones_are(tiny_model, quant, kind):
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    options = config(tiny_model, quant, adapter=LORA)
+    options["model"] |= {"weights": "random", "architecture": shape}
+    model = base.load_base(options)
+    assert base.describe_kernel(model)["layers"] == {kind: 14}
+    read = base.load_base(config(tiny_model, quant, adapter=LORA))
+    for ours, theirs in zip(model.model.layers.parameters(), read.model.layers.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+    found = {name: g for name, g in gradients(model).items() if "lora_A" in name}
+    assert found
+    assert all(torch.isfinite(g).all() and float(g.abs().sum()) > 0 for g in found.values())
+
+
+def test_random_dense_weights_compute_what_the_architecture_computes(tiny_model):
+    options = config(tiny_model, {"name": "none", "method": "dense", "bits": None})
+    options["model"]["weights"] = "random"
+    model = base.load_base(options)
+    ids = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        logits = model(ids).logits
+    reference = type(model)(model.config)
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(reference.eval()(ids).logits, logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied as the configuration says"

@@ -67,16 +67,18 @@ def load_weights(model: Mapping[str, Any], dtype: str, device: str, **options: A
         model: the ``model`` group.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         device: ``cpu`` or ``cuda``.
-        options: handed to ``from_pretrained`` (a quantization configuration, say).
+        options: handed to ``from_pretrained`` (a quantization configuration, say); random weights take none.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from llm_at_home.models import random_weights
+
     transformers_logging.disable_progress_bar()
     torch_dtype = getattr(torch, dtype)
     if model["weights"] == "random":
-        return _random_weights(load_config(model), torch_dtype, device, **options)
+        return random_weights.build(load_config(model), torch_dtype, device)
     with hub_errors(model["source"]):
         loaded = AutoModelForCausalLM.from_pretrained(
             location(model),
@@ -88,22 +90,6 @@ def load_weights(model: Mapping[str, Any], dtype: str, device: str, **options: A
             **options,
         )
     return loaded.eval()
-
-
-def _random_weights(config: Any, dtype: Any, device: str, **options: Any) -> Any:
-    """Normal weights of the configured spread, made on the device so that a 7B needs no host memory.
-
-    Raises:
-        Refusal: when a quantization is asked for: it needs weights on disk to load from.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if options.get("quantization_config") is not None:
-        raise Refusal("random weights are quantized after they are made: this method cannot yet")
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
 
 
 @contextmanager

@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
-from llm_at_home.models.loading import load_weights
+from llm_at_home.models.loading import load_config, load_weights
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuse what cannot work.
 
     Raises:
-        Refusal: for full fine-tuning, whose gradients integers cannot take, and for random weights.
+        Refusal: for full fine-tuning, whose gradients integers cannot take.
     """
     quant = config["quant"]["name"]
     if config.get("adapter", {}).get("trains") == "all":
         hint = "use adapter=lora or quant=none"
         raise Refusal(f"quant={quant} adapter=full cannot train, since {quant} weights take no gradients: {hint}")
-    if config["model"]["weights"] == "random":
-        raise Refusal(f"quant={quant} quantizes weights as they are read, and random ones are not: use quant=none")
 
 
 def load(config: Mapping[str, Any]) -> Any:
@@ -38,11 +36,49 @@ def load(config: Mapping[str, Any]) -> Any:
     options = dict(config["quant"]["config"])
     if options.get("load_in_4bit"):
         options["bnb_4bit_compute_dtype"] = getattr(torch, config["dtype"])
-    model = load_weights(
-        config["model"], config["dtype"], config["gpu"]["device"], quantization_config=instantiate(options)
-    )
+    quantization = instantiate(options)
+    if config["model"]["weights"] == "random":
+        model = _random(config, quantization)
+    else:
+        model = load_weights(
+            config["model"], config["dtype"], config["gpu"]["device"], quantization_config=quantization
+        )
     if "adapter" in config:
         switch_off_repacking(model)
+    return model
+
+
+def _random(config: Mapping[str, Any], quantization: Any) -> Any:
+    """Random weights, quantized layer by layer as transformers does with those it reads."""
+    import bitsandbytes
+    import torch
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    from llm_at_home.models import random_weights
+
+    four_bit = quantization.load_in_4bit
+    kind: Any = bitsandbytes.nn.Params4bit if four_bit else bitsandbytes.nn.Int8Params
+
+    def replace(model: Any) -> None:
+        replace_with_bnb_linear(model, ["lm_head"], quantization)
+
+    def fill(layer: Any, weight: torch.Tensor) -> None:
+        attributes = {key: value for key, value in layer.weight.__dict__.items() if key not in ("CB", "SCB")}
+        device = weight.device
+        # int8 quantizes what comes from the host, 4 bits also what is on the device.
+        source = weight if four_bit else weight.cpu()
+        layer.weight = kind(source, requires_grad=False, **attributes).to(device)
+
+    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    model = random_weights.build(
+        load_config(config["model"]),
+        getattr(torch, config["dtype"]),
+        config["gpu"]["device"],
+        random_weights.Quantized(replace, layers, fill),
+    )
+    # What PEFT looks at to put its layers for quantized bases in place.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bit, not four_bit
+    model.config.quantization_config = quantization
     return model
 
 

@@ -1,4 +1,4 @@
-"""``python -m llm_at_home.records show FOLDER`` prints what a run left behind."""
+"""``python -m llm_at_home.records show FOLDER`` prints what a run left; ``diff A B`` what differs between two."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from llm_at_home.errors import Refusal
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
+from llm_at_home.records.tracking import flatten
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,9 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print one run's record")
     show.add_argument("folder")
+    differ = commands.add_parser("diff", help="print what differs between two runs")
+    differ.add_argument("a")
+    differ.add_argument("b")
     arguments = parser.parse_args(argv)
     try:
-        print(describe(store.load(arguments.folder)))
+        if arguments.command == "show":
+            print(describe(store.load(arguments.folder)))
+        else:
+            print(difference(store.load(arguments.a), store.load(arguments.b)))
     except Refusal as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
@@ -39,6 +46,29 @@ def describe(record: Record) -> str:
     if record.error:
         lines += ["error", f"  {record.error.get('type')}: {record.error.get('message')}"]
     return "\n".join(lines + [f"note: {note}" for note in record.notes])
+
+
+def difference(a: Record, b: Record) -> str:
+    """What differs in configuration, kernel and provenance, and every figure of both with its ratio b/a."""
+    lines = []
+    for title in ("config", "kernel", "provenance"):
+        one, other = (flatten({title: getattr(record, title) or {}}) for record in (a, b))
+        changed = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+        lines += [f"{key:44} {one.get(key, '-')}  |  {other.get(key, '-')}" for key in changed]
+    if not lines:
+        lines = ["configuration, kernel and provenance are the same"]
+    figures = [{**record.readings, **record.quality} for record in (a, b)]
+    for name in sorted({*figures[0], *figures[1]}):
+        first, second = (group.get(name) for group in figures)
+        shown = [_figure(reading) if reading else "-" for reading in (first, second)]
+        lines.append(f"{name:44} {shown[0]}  |  {shown[1]}{_ratio(first, second)}")
+    return "\n".join(lines)
+
+
+def _ratio(a: Reading | None, b: Reading | None) -> str:
+    if a is None or b is None or not a.value or b.value is None:
+        return ""
+    return f"  (x {b.value / a.value:.3g})"
 
 
 def _figure(reading: Reading) -> str:

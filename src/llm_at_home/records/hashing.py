@@ -11,8 +11,13 @@ from typing import Any
 
 import llm_at_home
 
-# Keys that cannot change a figure, wherever they stand at the top level of a configuration.
-NOT_HASHED = ("paths", "logger", "rerun", "timeout_s", "resume", "verbose", "adapter_path", "answers", "baseline")
+# Keys at the top level of a configuration that cannot change a figure, and paths within its groups: the contents behind
+# paths are hashed instead.
+NOT_HASHED = (
+    *("paths", "logger", "rerun", "timeout_s", "grace_s", "strict", "resume", "metric"),
+    *("adapter_path", "answers", "baseline"),
+)
+PATHS = {"data": ("path", "test_path"), "questions": ("path",), "judge": ("gguf",)}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "torchao", "lightning", "xllamacpp")
 
 
@@ -24,9 +29,14 @@ def config_hash(config: Mapping[str, Any], ingredients: Mapping[str, Any]) -> st
         ingredients: content hashes of the inputs that the configuration names by path (model, data, answers, ...),
             package versions and the GPU's name.
     """
-    kept = {key: value for key, value in config.items() if key not in NOT_HASHED}
+    kept = {key: _without_paths(key, value) for key, value in config.items() if key not in NOT_HASHED}
     text = json.dumps([kept, dict(ingredients)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_paths(group: str, value: Any) -> Any:
+    dropped = PATHS.get(group, ())
+    return {key: v for key, v in value.items() if key not in dropped} if isinstance(value, Mapping) else value
 
 
 def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:

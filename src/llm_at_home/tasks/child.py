@@ -34,6 +34,7 @@ def main(folder: Path) -> int:
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     with (folder / "job.log").open("a", encoding="utf-8") as log_file:
         faulthandler.enable(log_file)
+        signal.signal(signal.SIGTERM, _interrupt)  # Ctrl-C raises by itself
         _set_up_logging(log_file)
         return _run(job, folder)
 
@@ -86,6 +87,10 @@ def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
 
 def _name(group: Any) -> str:
     return str(group.get("card") or group.get("name")) if isinstance(group, dict) else str(group)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(signal.Signals(number).name)
 
 
 def _fail(record: Record, status: str, error: BaseException) -> None:

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.errors import Refusal
 from llm_at_home.records import hashing, store
-from llm_at_home.records.schema import Record
+from llm_at_home.records.schema import Reading, Record
 from llm_at_home.tasks import resolve, sweep
+from llm_at_home.tasks.process import Child, Ending
 
 JOB = "job.json"
 CONFIG = "config.yaml"
 EXIT_FAILED, EXIT_REFUSED = 1, 2
-GRACE_SECONDS = 60  # for a training run to finish its accumulation window and save
+LOG_LINES = 20  # of a failed job's log in its record
 
 # Always set, whatever is imported: gptqmodel sets the first one itself, and it moves memory figures.
 CHILD_ENVIRONMENT = {
@@ -58,6 +55,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        sweep.print_summary()
         sys.exit(EXIT_FAILED)
     except SystemExit as error:
         # Hydra ends with 1 when it cannot compose: an unknown choice or key is a refusal.
@@ -108,89 +106,36 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
         (folder / store.RECORD).replace(folder / "record.previous.json")
     store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
-    code, ended = run_child([sys.executable, "-m", "llm_at_home.tasks.child", str(folder)], config["timeout_s"])
-    if code == EXIT_REFUSED:
+    command = [sys.executable, "-m", "llm_at_home.tasks.child", str(folder)]
+    ending = Child(command, CHILD_ENVIRONMENT, config["timeout_s"], config["grace_s"]).run()
+    if ending.code == EXIT_REFUSED:
         raise Refusal((folder / "refusal.txt").read_text(encoding="utf-8"))
-    record = _ensure_record(task, config, digest, folder, code, ended)
+    record = _ensure_record(task, config, digest, folder, ending)
     if record.status == "ok":
         store.mark_finished(record, folder, root)
     print(sweep.headline(record, _short(folder)))
     return record.status, record
 
 
-def run_child(command: list[str], timeout_s: float | None) -> tuple[int, str | None]:
-    """Run a command in a session of its own and wait for it.
-
-    Ctrl-C and SIGTERM are passed on to it once, with time to put its work in order; a second one, or none of that
-    within the grace period, kills it and its children.
-
-    Returns:
-        Its exit code, and ``interrupted`` or ``timed_out`` where this process ended it.
-    """
-    asked: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-    deadline: float | None = None
-
-    def ask(number: int, frame: FrameType | None = None) -> None:
-        nonlocal deadline
-        if child is None:
-            return
-        _signal_group(child, signal.SIGKILL if asked else number)
-        asked.append(number)
-        deadline = time.monotonic() + GRACE_SECONDS
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    previous = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
-    ended: str | None = None
-    try:
-        child = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, start_new_session=True)
-        limit = time.monotonic() + timeout_s if timeout_s else None
-        while child.poll() is None:
-            time.sleep(0.05)
-            if limit is not None and ended is None and time.monotonic() > limit:
-                ended = "timed_out"
-                ask(signal.SIGTERM)
-            if deadline is not None and time.monotonic() > deadline:
-                _signal_group(child, signal.SIGKILL)
-        if asked and ended is None:
-            ended = "interrupted"
-        return child.returncode, ended
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if child is not None:
-            _signal_group(child, signal.SIGKILL)  # whatever the child left behind
-
-
-def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    try:
-        os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
-
-
-def _ensure_record(
-    task: str, config: dict[str, Any], digest: str, folder: Path, code: int, ended: str | None
-) -> Record:
-    """The record that the child left, or one that says how it died."""
+def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path, ending: Ending) -> Record:
+    """The record that the child left, or one that says how it died and what it had used until then."""
     if (folder / store.RECORD).is_file():
         record = store.load(folder)
-        if ended == "timed_out" and record.status != "ok":
-            record.status = ended
-            store.save(record, folder)
-        return record
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    if code == -signal.SIGKILL and ended is None:
-        how += " (often the kernel's out-of-memory killer)"
+        if record.status == "ok":
+            return record
+        if ending.asked == "timed_out":
+            record.status = "timed_out"
+            record.error = {**(record.error or {}), "message": f"stopped after timeout_s={config['timeout_s']}"}
+    else:
+        status = "out_of_memory" if ending.oom_killed else ending.asked or "failed"
+        record = Record(task=task, status=status, config=config, config_hash=digest)
+        record.error = {"type": "ProcessDied", "message": f"the job's process {ending}"}
+        if ending.resident_peak is not None:
+            method = "parent_sampled_high_water_mark"
+            record.readings["resident_set_peak"] = Reading(ending.resident_peak, "GB", method)
     log = folder / "job.log"
-    tail = log.read_text(errors="replace").splitlines()[-20:] if log.is_file() else []
-    record = Record(
-        task=task,
-        status=ended or "failed",
-        config=config,
-        config_hash=digest,
-        error={"type": "ProcessDied", "message": f"the job's process was {how}", "log": tail},
-    )
+    tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
+    record.error = {**(record.error or {}), "log": tail}
     store.save(record, folder)
     return record
 

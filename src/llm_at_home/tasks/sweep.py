@@ -47,6 +47,7 @@ class Outcome:
 
 
 _outcomes: list[Outcome] = []
+_sweep_dir: Path | None = None
 
 
 def note(outcome: Outcome, sweep_dir: Path | None) -> None:
@@ -76,15 +77,21 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the sweep's folder, which jobs write to."""
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        global _sweep_dir
+        _sweep_dir = Path(config.hydra.sweep.dir)
+        _sweep_dir.mkdir(parents=True, exist_ok=True)
+        (_sweep_dir / JOBS).unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Read what the jobs noted and print it."""
-        path = Path(config.hydra.sweep.dir) / JOBS
-        if not path.is_file():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            _outcomes.append(Outcome(**json.loads(line)))
+        print_summary()
+
+
+def print_summary() -> None:
+    """How each job of this command's sweep ended, those that are still to come not among them; nothing without one."""
+    path = _sweep_dir / JOBS if _sweep_dir else None
+    if path is not None and path.is_file():
+        _outcomes[:] = [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         print(summary(_outcomes))
 
 
