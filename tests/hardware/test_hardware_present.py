@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_nvml import FakeGpu
+from fake_nvml import FakeGpu, FakeMig
 
 from llm_at_home.hardware import present
 from llm_at_home.hardware.present import present_gpus
@@ -98,3 +98,53 @@ def test_cuda_is_told_to_number_cards_as_the_driver_does(driver, monkeypatch: py
 def test_a_cpu_build_of_torch_is_known_by_its_version(monkeypatch, version: str, usable: bool) -> None:
     monkeypatch.setattr(present.metadata, "version", lambda name: version)
     assert present.torch_can_use_gpu() is usable
+
+
+SMALL = FakeMig(uuid="MIG-11111111-0000-0000-0000-000000000001", memory_bytes=5_000_000_000)
+LARGE = FakeMig(uuid="MIG-22222222-0000-0000-0000-000000000002", profile="3g.20gb", memory_bytes=20_000_000_000)
+CUT = FakeGpu(name="NVIDIA M", uuid="GPU-dddd4444-0000-0000-0000-000000000004", mig=[SMALL, LARGE])
+
+
+def test_a_slice_is_a_gpu_of_its_own_memory_with_its_card_s_chip(driver) -> None:
+    driver(A, CUT, visible=LARGE.uuid)
+    (gpu,) = present_gpus()
+    assert (gpu.name, gpu.uuid, gpu.memory, gpu.mig) == ("NVIDIA M MIG 3g.20gb", LARGE.uuid, 20.0, True)
+    assert (gpu.index, gpu.compute_capability, gpu.power_limit_watts) == (1, (8, 0), 300.0)
+    assert json.loads(json.dumps(gpu.describe()))["mig"] is True
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        (f"{LARGE.uuid},{SMALL.uuid}", [LARGE.uuid, SMALL.uuid]),
+        (f"{SMALL.uuid},0", [SMALL.uuid, A.uuid]),
+        ("MIG-", []),
+        ("MIG-22222222", []),  # the driver knows whole names only
+        (f"0,MIG-99999999,{SMALL.uuid}", [A.uuid]),
+    ],
+)
+def test_slices_are_named_by_their_whole_uuid(driver, variable: str, expected: list[str]) -> None:
+    driver(A, CUT, visible=variable)
+    assert [gpu.uuid for gpu in present_gpus()] == expected
+
+
+@pytest.mark.parametrize("variable", [None, "0", CUT.uuid, "GPU-dddd"])
+def test_a_card_in_mig_mode_is_its_first_slice(driver, variable: str | None) -> None:
+    driver(CUT, A, visible=variable)
+    first = present_gpus()[0]
+    assert (first.uuid, first.memory, first.mig) == (SMALL.uuid, 5.0, True)
+    assert [gpu.mig for gpu in present_gpus()[1:]] == ([False] if variable is None else [])
+
+
+def test_memory_that_the_driver_does_not_count_is_unknown_and_hides_nothing(driver) -> None:
+    driver(A, FakeGpu(name="NVIDIA B", errors={"nvmlDeviceGetMemoryInfo": 3}), C)
+    assert names() == ["A", "B", "C"]
+    assert [gpu.memory for gpu in present_gpus()] == [24.0, None, 16.0]
+
+
+def test_a_lost_card_hides_neither_the_others_nor_their_numbers(driver) -> None:
+    lost = FakeGpu(uuid="GPU-bbbb", errors={"nvmlDeviceGetName": 15})
+    driver(A, lost, C)
+    assert [(gpu.index, gpu.name[-1]) for gpu in present_gpus()] == [(0, "A"), (2, "C")]
+    driver(A, lost, C, visible="2,1,0")
+    assert names() == ["C"]

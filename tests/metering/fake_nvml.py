@@ -1,17 +1,34 @@
-"""A stand-in for ``pynvml`` that behaves as NVIDIA's documents: counted initialisation, millijoules, errors."""
+"""Machines for tests: ``driver(FakeGpu(), ...)`` puts the fake NVML in this process's place and in its children's."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from llm_at_home.hardware.present import present_gpus
 
-NOT_SUPPORTED = "Not Supported"
+FOLDER = Path(__file__).parent / "fake"
+
+
+@dataclass
+class FakeMig:
+    """A MIG slice; memory and processes are its own."""
+
+    uuid: str = "MIG-00000000-0000-0000-0000-000000000000"
+    profile: str = "1g.5gb"
+    memory_bytes: int = 5_000_000_000
+    used_bytes: int = 0
+    memory_steps: list[tuple[float, int]] = field(default_factory=list)
+    processes: list[tuple[int, int | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -22,87 +39,51 @@ class FakeGpu:
     capability: tuple[int, int] = (8, 0)
     power_limit_mw: int | None = 300_000
     energy_mj: int | None = 1_000_000  # None: before Volta there is no counter
+    power_mw: int | None = 50_000  # None: the card gives no power
+    # Steps are (monotonic clock in seconds, level from then on): power in W, which moves the counter too; memory in B.
+    power_steps: list[tuple[float, float]] = field(default_factory=list)
+    memory_steps: list[tuple[float, int]] = field(default_factory=list)
+    update_seconds: float = 0.1
+    average_seconds: float = 0.0  # 1 on Ampere (but not GA100) and later
+    counter_moves: bool = True
+    used_bytes: int = 0
+    processes: list[tuple[int, int | None]] = field(default_factory=list)  # None: not available
+    mig: list[FakeMig] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)  # function name: NVML's code
 
 
 def fake_nvml(gpus: list[FakeGpu], driver: bool = True) -> types.ModuleType:
     """A module for ``sys.modules['pynvml']``; the GPUs may be changed while it is in use."""
-    module = types.ModuleType("pynvml")
-    state = {"initialised": 0}
-
-    class NVMLError(Exception):
-        pass
-
-    class NVMLError_Uninitialized(NVMLError):
-        pass
-
-    class NVMLError_LibraryNotFound(NVMLError):
-        pass
-
-    class NVMLError_NotSupported(NVMLError):
-        pass
-
-    class NVMLError_NotFound(NVMLError):
-        pass
-
-    def nvmlInit() -> None:
-        if not driver:
-            raise NVMLError_LibraryNotFound("NVML Shared Library Not Found")
-        state["initialised"] += 1
-
-    def nvmlShutdown() -> None:
-        ready()
-        state["initialised"] -= 1
-
-    def ready() -> None:
-        if not state["initialised"]:
-            raise NVMLError_Uninitialized("Uninitialized")
-
-    def needs_init(function):
-        def checked(*arguments):
-            ready()
-            return function(*arguments)
-
-        return checked
-
-    def by_uuid(uuid: str | bytes) -> FakeGpu:
-        text = uuid.decode() if isinstance(uuid, bytes) else uuid
-        for gpu in gpus:
-            if gpu.uuid == text:
-                return gpu
-        raise NVMLError_NotFound("Not Found")
-
-    def supported(value):
-        if value is None:
-            raise NVMLError_NotSupported(NOT_SUPPORTED)
-        return value
-
-    functions = {
-        "nvmlDeviceGetCount": lambda: len(gpus),
-        "nvmlDeviceGetHandleByIndex": lambda index: gpus[index],
-        "nvmlDeviceGetHandleByUUID": by_uuid,
-        "nvmlDeviceGetName": lambda gpu: gpu.name,
-        "nvmlDeviceGetUUID": lambda gpu: gpu.uuid,
-        "nvmlDeviceGetMemoryInfo": lambda gpu: types.SimpleNamespace(total=gpu.memory_bytes, used=0, free=0),
-        "nvmlDeviceGetCudaComputeCapability": lambda gpu: gpu.capability,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: supported(gpu.power_limit_mw),
-        "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: supported(gpu.energy_mj),
-        "nvmlSystemGetDriverVersion": lambda: "580.65.06",
-    }
-    for name, function in functions.items():
-        setattr(module, name, needs_init(function))
-    for thing in (NVMLError, NVMLError_LibraryNotFound, NVMLError_NotSupported, NVMLError_NotFound):
-        setattr(module, thing.__name__, thing)
-    module.nvmlInit, module.nvmlShutdown = nvmlInit, nvmlShutdown
+    spec = importlib.util.spec_from_file_location("pynvml", FOLDER / "pynvml.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.GPUS, module.DRIVER = gpus, driver
     return module
 
 
+def write_state(path: Path, gpus: list[FakeGpu]) -> None:
+    """What other processes see of the GPUs, from now on."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps([dataclasses.asdict(gpu) for gpu in gpus]))
+    new.replace(path)
+
+
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[FakeGpu]]]:
-    """``driver(gpu, gpu, visible="1")`` puts a machine with these GPUs in place; the GPUs may be changed later."""
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[FakeGpu]]]:
+    """``driver(gpu, gpu, visible="1")`` puts a machine with these GPUs in place.
+
+    The GPUs may be changed later; ``driver.publish()`` tells other processes of it.
+    """
+    state = tmp_path / "nvml.json"
+    listed: list[FakeGpu] = []
 
     def install(*gpus: FakeGpu, visible: str | None = None, present: bool = True) -> list[FakeGpu]:
-        listed = list(gpus)
+        listed[:] = gpus
         monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(listed, present))
+        install.publish()
+        monkeypatch.setenv("FAKE_NVML_STATE", str(state))
+        path = os.environ.get("PYTHONPATH")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(FOLDER), path))))
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
@@ -110,6 +91,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[FakeG
         present_gpus.cache_clear()
         return listed
 
+    install.publish = lambda: write_state(state, listed)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     yield install
     present_gpus.cache_clear()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+from fake_nvml import FakeGpu, FakeMig
 
+from llm_at_home.metering import session
+from llm_at_home.metering.energy import EnergyMeter
 from llm_at_home.metering.memory import CPU_ONLY, DRIVER_FIGURES, TORCH_PEAKS, MemoryMeter
 
 BLOCK_GB = 0.3
@@ -106,3 +112,135 @@ def test_without_proc_the_resident_set_is_unknown_with_the_reason(monkeypatch: p
     reading = meter.readings()["resident_set_peak"]
     assert reading.value is None
     assert "/proc" in reading.reason
+
+
+# -- on a GPU: torch's functions are stood in for, the sampler is real
+
+
+@pytest.fixture
+def torch_peaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    import torch
+
+    peaks = {"allocated": 2_000_000_000, "reserved": 3_000_000_000}
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda i: peaks.update(allocated=0, reserved=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda i: peaks["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda i: peaks["reserved"])
+    return peaks
+
+
+def test_four_names_on_a_gpu_each_whole_and_measured(driver, torch_peaks) -> None:
+    now = time.monotonic()
+    (gpu,) = driver(
+        FakeGpu(
+            memory_steps=[(now - 60, 1 * 10**9), (now + 0.5, 7 * 10**9), (now + 0.8, 4 * 10**9)],
+            processes=[(os.getpid(), 3 * 10**9), (4_000_000, 5 * 10**9)],
+        )
+    )
+    with MemoryMeter("cuda") as meter:
+        torch_peaks.update(allocated=2 * 10**9, reserved=3 * 10**9)
+        time.sleep(max(0.0, now + 1.0 - time.monotonic()))
+        meter.begin_measured()
+        torch_peaks.update(allocated=1 * 10**9, reserved=int(2.5e9))
+        gpu.processes[0] = (os.getpid(), 2 * 10**9)
+        driver.publish()
+        figures = meter.readings()
+    value = {name: reading.value for name, reading in figures.items()}
+    assert value["torch_allocated_peak"] == 2.0
+    assert value["torch_reserved_peak"] == 3.0
+    assert value["device_memory_peak"] == 7.0
+    assert value["process_memory_peak"] == 3.0
+    assert value["measured_torch_allocated_peak"] == 1.0
+    assert value["measured_torch_reserved_peak"] == 2.5
+    assert value["measured_device_memory_peak"] == 4.0
+    assert value["measured_process_memory_peak"] == 3.0, "what it held when the phase began"
+    assert figures["device_memory_peak"].method == "nvml_sampled_50ms"
+    assert figures["device_memory_peak"].n >= 10
+    assert meter.readings()["device_memory_peak"].value == 7.0, "the last word stays after closing"
+
+
+@pytest.mark.parametrize(
+    ("processes", "reason"),
+    [
+        ([], "lists no process at all"),
+        ([(4_000_000, 10**9)], "none under an id of this one"),
+        ([(os.getpid(), None)], "without a figure"),
+        ([(os.getpid(), 0)], "without a figure"),
+    ],
+)
+def test_a_process_that_the_driver_does_not_show_is_unknown_with_the_reason(
+    driver, torch_peaks, processes, reason: str
+) -> None:
+    driver(FakeGpu(processes=processes, used_bytes=10**9))
+    with MemoryMeter("cuda") as meter:
+        figures = meter.readings()
+    assert figures["process_memory_peak"].value is None
+    assert reason in figures["process_memory_peak"].reason
+    assert figures["device_memory_peak"].value == 1.0
+
+
+def test_a_process_is_found_under_the_id_of_an_outer_namespace(driver, torch_peaks, monkeypatch) -> None:
+    monkeypatch.setattr(session, "own_process_ids", lambda: [17, 4_000_000])
+    driver(FakeGpu(processes=[(4_000_000, 2 * 10**9), (4_000_001, 10**9)]))
+    with MemoryMeter("cuda") as meter:
+        assert meter.readings()["process_memory_peak"].value == 2.0
+
+
+def test_a_mig_slice_has_its_own_memory(driver, torch_peaks, monkeypatch) -> None:
+    part = FakeMig(uuid="MIG-1", used_bytes=2 * 10**9, processes=[(os.getpid(), 10**9)])
+    driver(FakeGpu(used_bytes=9 * 10**9, mig=[FakeMig(uuid="MIG-0", used_bytes=7 * 10**9), part]))
+    monkeypatch.setattr(session, "used_gpus", lambda count: [SimpleNamespace(uuid="MIG-1", mig=True)])
+    with MemoryMeter("cuda") as meter:
+        figures = meter.readings()
+    assert figures["device_memory_peak"].value == 2.0
+    assert figures["process_memory_peak"].value == 1.0
+
+
+def test_two_gpus_are_added_up_and_a_third_is_not_looked_at(driver, torch_peaks) -> None:
+    uuids = [f"GPU-{i}" for i in range(3)]
+    driver(*(FakeGpu(uuid=uuid, used_bytes=(i + 1) * 10**9) for i, uuid in enumerate(uuids)), visible="2,0,1")
+    with MemoryMeter("cuda", gpus=2) as meter:
+        assert meter.readings()["device_memory_peak"].value == 4.0
+
+
+def test_a_driver_that_refuses_is_a_reason(driver, torch_peaks) -> None:
+    refused = {"nvmlDeviceGetMemoryInfo": 4, "nvmlDeviceGetComputeRunningProcesses": 4}
+    driver(FakeGpu(used_bytes=10**9, errors=refused))
+    with MemoryMeter("cuda") as meter:
+        for name in DRIVER_FIGURES:
+            assert "Insufficient Permissions" in meter.readings()[name].reason
+
+
+def test_what_was_not_watched_to_its_end_has_no_peak(driver, torch_peaks) -> None:
+    (gpu,) = driver(FakeGpu(used_bytes=10**9, processes=[(os.getpid(), 10**9)]))
+    with MemoryMeter("cuda") as meter:
+        assert meter.readings()["device_memory_peak"].value == 1.0
+        gpu.errors["nvmlDeviceGetMemoryInfo"] = 15
+        driver.publish()
+        figures = meter.readings()
+        assert "GPU is lost" in figures["device_memory_peak"].reason
+        assert figures["process_memory_peak"].value == 1.0
+        meter._driver._sampler.process.kill()
+        figures = meter.readings()
+    for name in DRIVER_FIGURES:
+        assert "ended by signal 9" in figures[name].reason
+    assert figures["torch_allocated_peak"].value is not None
+
+
+def test_without_a_visible_gpu_the_drivers_figures_are_unknown(driver, torch_peaks) -> None:
+    driver(FakeGpu(), visible="")
+    meter = MemoryMeter("cuda")
+    meter.begin_measured()
+    assert meter.readings()["measured_device_memory_peak"].reason == "the driver names no visible GPU"
+
+
+def test_both_meters_share_a_sampler(driver, torch_peaks) -> None:
+    driver(FakeGpu())
+    memory, energy = MemoryMeter("cuda"), EnergyMeter("cuda")
+    assert energy._sampler is memory._driver._sampler
+    process = energy._sampler.process
+    memory.close()
+    assert process.poll() is None
+    energy.close()
+    energy.close()
+    assert process.poll() == 0

@@ -136,14 +136,13 @@ def test_ctrl_c_ends_the_sweep_and_says_what_was_done(tmp_path, start):
 
 def test_a_killed_command_takes_its_job_with_it(tmp_path, start):
     folder, left = tmp_path / "run", tmp_path / "pid"
-    process = start(
-        "train.py", *TRAIN, *disaster("wait", leave_behind=left), f"hydra.run.dir={folder}", PYTHONPATH=HERE
-    )
+    words = (*TRAIN, *disaster("wait", leave_behind=left), "grace_s=1", f"hydra.run.dir={folder}")
+    process = start("train.py", *words, PYTHONPATH=HERE)
     wait_until(lambda: left.exists() and left.read_text())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
     process.kill()
-    process.communicate()
-    wait_until(lambda: all(gone(int(pid)) for pid in children))
+    wait_until(lambda: all(gone(int(pid)) for pid in [*children, left.read_text()]))
 
 
 def test_a_sweep_goes_on_over_a_crash_and_sums_up(tmp_path, command):

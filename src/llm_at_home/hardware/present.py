@@ -8,18 +8,27 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from llm_at_home.hardware.nvml import ask, session, text, whole_card
+
+MIG_ENABLED = 1
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU as the driver describes it. ``memory`` in GB of 10^9 bytes."""
+    """One NVIDIA GPU, or one MIG slice of it, as the driver describes it.
+
+    ``memory`` is in GB of 10^9 bytes, None where the driver keeps no account of it (memory shared with the CPU).
+    A slice has its own name, UUID and memory; index, capability and power limit are those of its card.
+    """
 
     index: int
     name: str
     uuid: str
-    memory: float
+    memory: float | None
     compute_capability: tuple[int, int]
     driver: str
     power_limit_watts: float | None
+    mig: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -28,55 +37,91 @@ class Gpu:
 
 @functools.cache
 def present_gpus() -> tuple[Gpu, ...]:
-    """The visible GPUs (``CUDA_VISIBLE_DEVICES`` as indices or UUIDs), in their order; empty without a driver."""
-    import pynvml
+    """The visible GPUs in CUDA's order; empty without a driver.
 
+    ``CUDA_VISIBLE_DEVICES`` names them as indices, UUIDs or the UUIDs of MIG slices. A card in MIG mode that is named
+    as a whole is its first slice, because that is all that CUDA gives a process.
+    """
     # CUDA's own default puts the fastest card first: its first card would then not be the driver's.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        gpus = [_describe(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return ()
-    finally:
-        pynvml.nvmlShutdown()
-    return tuple(_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    with session() as nvml:
+        if nvml is None:
+            return ()
+        count = ask(nvml, "nvmlDeviceGetCount") or 0
+        found = [_Card.at(nvml, index) for index in range(count)]
+        # A card that has fallen off the bus does not hide the others, and the others keep their numbers.
+        cards = [card for card in found if card is not None]
+        return tuple(_visible(nvml, cards, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
-def _describe(pynvml: Any, index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    try:
-        limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
-    except pynvml.NVMLError:
-        limit = None
+@dataclass(frozen=True)
+class _Card:
+    """A card by its own number and UUID, and what CUDA makes of it."""
+
+    index: int
+    uuid: str
+    gpu: Gpu
+
+    @classmethod
+    def at(cls, nvml: Any, index: int) -> _Card | None:
+        handle = ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+        uuid = None if handle is None else ask(nvml, "nvmlDeviceGetUUID", handle)
+        mode = ask(nvml, "nvmlDeviceGetMigMode", handle)
+        if mode and mode[0] == MIG_ENABLED:
+            numbers = range(ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
+            slices = (ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, number) for number in numbers)
+            gpu = _describe(nvml, next((each for each in slices if each is not None), None), index, mig=True)
+        else:
+            gpu = _describe(nvml, handle, index)
+        return None if gpu is None or uuid is None else cls(index, text(uuid), gpu)
+
+
+def _describe(nvml: Any, handle: Any, index: int, mig: bool = False) -> Gpu | None:
+    if handle is None:
+        return None
+    card = whole_card(nvml, handle) if mig else handle
+    name, uuid = ask(nvml, "nvmlDeviceGetName", handle), ask(nvml, "nvmlDeviceGetUUID", handle)
+    capability = ask(nvml, "nvmlDeviceGetCudaComputeCapability", card)
+    if name is None or uuid is None or capability is None:
+        return None
+    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    limit = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", card)
     return Gpu(
         index=index,
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        memory=pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9,
-        compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-        driver=_text(pynvml.nvmlSystemGetDriverVersion()),
-        power_limit_watts=limit,
+        name=text(name),
+        uuid=text(uuid),
+        memory=None if memory is None else memory.total / 1e9,
+        compute_capability=(int(capability[0]), int(capability[1])),
+        driver=text(ask(nvml, "nvmlSystemGetDriverVersion") or "unknown"),
+        power_limit_watts=None if limit is None else limit / 1000,
+        mig=mig,
     )
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _visible(gpus: list[Gpu], variable: str | None) -> list[Gpu]:
+def _visible(nvml: Any, cards: list[_Card], variable: str | None) -> list[Gpu]:
     if variable is None:
-        return gpus
-    chosen = []
+        return [card.gpu for card in cards]
+    chosen: list[Gpu] = []
     for entry in filter(None, (part.strip() for part in variable.split(","))):
-        match = [gpu for gpu in gpus if entry == str(gpu.index) or gpu.uuid.startswith(entry)]
-        if len(match) != 1:
+        gpu = _slice(nvml, entry, cards) if entry.startswith("MIG-") else _named(entry, cards)
+        if gpu is None:
             break  # CUDA itself ignores everything from the first invalid or ambiguous entry on
-        chosen.append(match[0])
+        chosen.append(gpu)
     return chosen
+
+
+def _named(entry: str, cards: list[_Card]) -> Gpu | None:
+    match = [card.gpu for card in cards if entry == str(card.index) or card.uuid.startswith(entry)]
+    return match[0] if len(match) == 1 else None
+
+
+def _slice(nvml: Any, uuid: str, cards: list[_Card]) -> Gpu | None:
+    handle = ask(nvml, "nvmlDeviceGetHandleByUUID", uuid)
+    if handle is None:
+        return None
+    parent = ask(nvml, "nvmlDeviceGetUUID", whole_card(nvml, handle))
+    match = [card for card in cards if parent is not None and card.uuid == text(parent)]
+    return _describe(nvml, handle, match[0].index, mig=True) if match else None
 
 
 def torch_can_use_gpu() -> bool:

@@ -1,46 +1,63 @@
 """Peak memory under its several names: torch allocated, torch reserved, process, device, and resident set.
 
 GB are 10^9 bytes everywhere. Each peak is given twice: since the model began to load, and (prefix ``measured_``) for
-the measured phase alone. The resident set's peak is the kernel's own high-water mark, so nothing is sampled.
+the measured phase alone. torch and the kernel keep their own high-water marks; what only the driver knows (process and
+device) is sampled by a process of its own (:mod:`llm_at_home.metering.sampler`).
 """
 
 from __future__ import annotations
 
-import os
+import itertools
 from pathlib import Path
+from typing import Any
 
+from llm_at_home.metering import session
 from llm_at_home.records.schema import Reading
 
 CPU_ONLY = "the run used the CPU only"
 TORCH_PEAKS = ("torch_allocated_peak", "torch_reserved_peak")
-DRIVER_FIGURES = ("process_memory", "device_memory")
+DRIVER_FIGURES = ("process_memory_peak", "device_memory_peak")
+
+_names = itertools.count()
 
 
 class MemoryMeter:
     """Peak memory since it was made, and since :meth:`begin_measured`.
 
+    Close it, or use it as a context manager: the sampler ends then.
+
     Args:
         device: ``cpu`` or ``cuda``.
+        gpus: how many GPUs the job uses: the first visible ones. Figures are sums over them; for torch, of the peaks.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, gpus: int = 1) -> None:
         self.device = device
+        self._gpus = range(gpus)
         self._before: dict[str, float] = {}
         self._measuring = False
+        self._driver = _DriverPeaks(gpus) if device == "cuda" else None
         self._can_reset = _reset_resident_peak()
-        if device == "cuda":
-            import torch
+        self._reset_torch()
 
-            torch.cuda.reset_peak_memory_stats()
+    def __enter__(self) -> MemoryMeter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sampler; readings can still be had, and a second time does nothing."""
+        if self._driver is not None:
+            self._driver.close()
 
     def begin_measured(self) -> None:
         """The measured phase begins: what was peak until now is kept, and the counters start anew."""
         self._before = self._peaks()
         self._measuring = _reset_resident_peak()
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
+        self._reset_torch()
+        if self._driver is not None:
+            self._driver.begin_measured()
 
     def readings(self) -> dict[str, Reading]:
         """Every figure under its own name; those that this device does not have are unknown, with the reason."""
@@ -55,11 +72,9 @@ class MemoryMeter:
                 figures[f"measured_{name}"] = Reading(value, "GB", method)
         if "resident_set_peak" not in figures:
             figures["resident_set_peak"] = Reading.unknown("GB", "the kernel gives no /proc/self/status here")
-        if self.device == "cuda":
-            figures |= _driver_memory()
-        else:
-            figures |= {name: Reading.unknown("GB", CPU_ONLY) for name in TORCH_PEAKS + DRIVER_FIGURES}
-        return figures
+        if self._driver is not None:
+            return figures | self._driver.readings()
+        return figures | {name: Reading.unknown("GB", CPU_ONLY) for name in TORCH_PEAKS + DRIVER_FIGURES}
 
     def _peaks(self) -> dict[str, float]:
         peaks: dict[str, float] = {}
@@ -69,9 +84,74 @@ class MemoryMeter:
         if self.device == "cuda":
             import torch
 
-            peaks["torch_allocated_peak"] = torch.cuda.max_memory_allocated() / 1e9
-            peaks["torch_reserved_peak"] = torch.cuda.max_memory_reserved() / 1e9
+            peaks["torch_allocated_peak"] = sum(torch.cuda.max_memory_allocated(i) for i in self._gpus) / 1e9
+            peaks["torch_reserved_peak"] = sum(torch.cuda.max_memory_reserved(i) for i in self._gpus) / 1e9
         return peaks
+
+    def _reset_torch(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.init()  # naming a device, unlike leaving it out, does not do it
+            for i in self._gpus:
+                torch.cuda.reset_peak_memory_stats(i)
+
+
+class _DriverPeaks:
+    """The driver's two figures, as the sampler sees them: whole (since this was made) and measured."""
+
+    def __init__(self, gpus: int) -> None:
+        number = next(_names)
+        self._whole, self._measured = f"memory {number}", f"measured memory {number}"
+        self._has_measured = False
+        self._last: dict[str, Any] | None = None
+        self._sampler: session.SamplerSession | None = None
+        self._problem = ""
+        used = session.used_gpus(gpus)
+        if not used:
+            self._problem = "the driver names no visible GPU"
+            return
+        self._sampler = session.borrow(used)
+        self._sampler.mark(self._whole)
+
+    def begin_measured(self) -> None:
+        self._has_measured = True
+        if self._sampler is not None:
+            self._sampler.mark(self._measured)
+
+    def close(self) -> None:
+        if self._sampler is None:
+            return
+        self._refresh()
+        for name in (self._whole, self._measured):
+            self._sampler.drop(name)
+        sampler, self._sampler = self._sampler, None
+        session.give_back(sampler)
+
+    def _refresh(self) -> None:
+        """The sampler's last word. If it died, its peaks until then are no peaks of the phase: they are unknown."""
+        if self._sampler is not None:
+            self._last, self._problem = self._sampler.read(), self._sampler.problem
+
+    def readings(self) -> dict[str, Reading]:
+        self._refresh()
+        figures = {}
+        for name, key in zip(DRIVER_FIGURES, ("process", "device"), strict=True):
+            figures[name] = self._reading(self._whole, key)
+            if self._has_measured:
+                figures[f"measured_{name}"] = self._reading(self._measured, key)
+        return figures
+
+    def _reading(self, window: str, key: str) -> Reading:
+        if self._last is None:
+            return Reading.unknown("GB", self._problem)
+        method = f"nvml_sampled_{self._last['interval'] * 1000:.0f}ms"
+        peak = self._last["windows"][window]
+        # A device figure that failed in the middle has an unwatched end; a process leaves the driver's list at its own.
+        failed = self._last["why_no_device"] if key == "device" else ""
+        if peak[key] is None or failed:
+            return Reading.unknown("GB", failed or self._last[f"why_no_{key}"], method)
+        return Reading(peak[key] / 1e9, "GB", method, n=peak["samples"])
 
 
 def _reset_resident_peak() -> bool:
@@ -91,28 +171,3 @@ def _status_kilobytes(field: str) -> int | None:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     return None
-
-
-def _driver_memory() -> dict[str, Reading]:
-    """Memory in use at the end as the driver sees it: by this process, and on the whole device.
-
-    torch keeps what it has reserved until the process ends, so this is near the peak unless the allocator had to give
-    memory back; the method's name says that it was read at the end.
-    """
-    import pynvml
-    import torch
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except pynvml.NVMLError as error:
-        return {name: Reading.unknown("GB", f"NVML: {error}") for name in DRIVER_FIGURES}
-    figures = {"device_memory": Reading(used / 1e9, "GB", "nvml_at_end")}
-    if mine and mine[0].usedGpuMemory is not None:
-        figures["process_memory"] = Reading(mine[0].usedGpuMemory / 1e9, "GB", "nvml_at_end")
-    else:
-        reason = "the driver shows no entry for this process id (usual inside a container)"
-        figures["process_memory"] = Reading.unknown("GB", reason)
-    return figures

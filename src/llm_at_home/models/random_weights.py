@@ -20,7 +20,7 @@ class Quantized:
     """
 
     replace: Callable[[Any], None]
-    layers: tuple[type, ...]
+    layers: tuple[Any, ...]
     fill: Callable[[Any, torch.Tensor], None]
 
 

@@ -5,13 +5,16 @@ Whatever happens, it leaves a record; only a refusal leaves none.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import faulthandler
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,12 +29,13 @@ from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB
 
 log = logging.getLogger("llm_at_home")
 PR_SET_PDEATHSIG = 1
+PARENT_POLL_SECONDS = 1.0
 
 
 def main(folder: Path) -> int:
     """Run the job, write its record, and return the exit code."""
-    _die_with_parent()
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    _die_with_parent(job["config"]["grace_s"])
     with (folder / "job.log").open("a", encoding="utf-8") as log_file:
         faulthandler.enable(log_file)
         signal.signal(signal.SIGTERM, _interrupt)  # Ctrl-C raises by itself
@@ -96,7 +100,9 @@ def _interrupt(number: int, frame: Any) -> None:
 def _fail(record: Record, status: str, error: BaseException) -> None:
     record.status = status
     lines = traceback.format_exception(error)
-    log.error("".join(lines))
+    logging.getLogger("job").error("".join(lines))  # to job.log; the terminal gets the one line of the record
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        print("".join(lines), file=sys.stderr)
     message = str(error).splitlines()[0] if str(error) else "asked to stop"
     record.error = {"type": type(error).__name__, "message": message, "traceback": "".join(lines)[-4000:]}
 
@@ -121,12 +127,19 @@ def _set_up_logging(log_file: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _die_with_parent() -> None:
-    """Linux: get SIGTERM when the parent is killed, so that no job outlives its command."""
-    try:
+def _die_with_parent(grace_s: float) -> None:
+    """No job outlives its command: a killed parent is a SIGTERM at once (Linux), and the end after the grace period."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        time.sleep(grace_s)
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # the job is a session of its own, so this ends what it started too
+
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    except (OSError, AttributeError):
-        return
 
 
 if __name__ == "__main__":

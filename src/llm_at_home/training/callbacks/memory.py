@@ -18,6 +18,7 @@ class PeakMemory(Callback):
 
     def before_load(self, device: str) -> None:
         """Begin to count, before anything is loaded onto ``device``."""
+        self.close()
         self._meter = MemoryMeter(device)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -26,5 +27,10 @@ class PeakMemory(Callback):
             self._meter.begin_measured()
 
     def readings(self) -> dict[str, Reading]:
-        """The peaks, each under its own name."""
+        """The peaks, each under its own name; also after :meth:`close`, which stops the driver's figures."""
         return self._meter.readings() if self._meter is not None else {}
+
+    def close(self) -> None:
+        """Let go of the sampler."""
+        if self._meter is not None:
+            self._meter.close()
