@@ -27,7 +27,6 @@ class FakeMig:
     profile: str = "1g.5gb"
     memory_bytes: int = 5_000_000_000
     used_bytes: int = 0
-    memory_steps: list[tuple[float, int]] = field(default_factory=list)
     processes: list[tuple[int, int | None]] = field(default_factory=list)
 
 
@@ -40,9 +39,8 @@ class FakeGpu:
     power_limit_mw: int | None = 300_000
     energy_mj: int | None = 1_000_000  # None: before Volta there is no counter
     power_mw: int | None = 50_000  # None: the card gives no power
-    # Steps are (monotonic clock in seconds, level from then on): power in W, which moves the counter too; memory in B.
+    # Steps are (monotonic clock in seconds, level from then on): power in W, which moves the counter too.
     power_steps: list[tuple[float, float]] = field(default_factory=list)
-    memory_steps: list[tuple[float, int]] = field(default_factory=list)
     update_seconds: float = 0.1
     average_seconds: float = 0.0  # 1 on Ampere (but not GA100) and later
     counter_moves: bool = True

@@ -114,14 +114,16 @@ def joules_of(steps: list[tuple[float, float]], begin: float, end: float) -> flo
 
 def test_a_card_before_volta_is_measured_by_its_power(driver) -> None:
     """Pascal: no counter, instantaneous power. The sampler is the real process; the profile's energy is known."""
-    now = time.monotonic()
-    load = [(now + 2 + 0.3 * i, watts) for i, watts in enumerate([180.0, 95.0, 230.0, 60.0, 150.0])]
-    steps = [(now - 60, 30.0), *load]
-    driver(FakeGpu(name="Tesla P100", capability=(6, 0), energy_mj=None, power_steps=steps, update_seconds=0.02))
+    idle = (time.monotonic() - 60, 30.0)
+    (gpu,) = driver(
+        FakeGpu(name="Tesla P100", capability=(6, 0), energy_mj=None, power_steps=[idle], update_seconds=0.02)
+    )
     with EnergyMeter("cuda", idle_seconds=0.5) as meter:
         meter.measure_idle()
-        assert time.monotonic() < now + 2, "the baseline must lie before the load"
-        time.sleep(now + 2 - time.monotonic())
+        now = time.monotonic()
+        gpu.power_steps = [idle, *((now + 0.1 + 0.3 * i, w) for i, w in enumerate([180.0, 95.0, 230.0, 60.0, 150.0]))]
+        driver.publish()
+        time.sleep(0.2)
         begin = time.monotonic()
         meter.start()
         time.sleep(1.6)
@@ -130,7 +132,7 @@ def test_a_card_before_volta_is_measured_by_its_power(driver) -> None:
         time.sleep(0.2)  # what comes after is not counted
         figures = meter.readings("token", 100)
         assert meter.flags == []
-    known = joules_of(steps, begin, end)
+    known = joules_of(gpu.power_steps, begin, end)
     assert figures["energy_gross"].method == "nvml_power_integral"
     assert figures["energy_gross"].value * 3600 == pytest.approx(known, rel=0.02)
     assert figures["energy_per_token"].value == pytest.approx(known / 100, rel=0.02)
@@ -190,10 +192,11 @@ def test_of_two_cards_one_counter_that_stands_still_spoils_the_sum(driver) -> No
 
 def test_a_short_phase_on_a_card_that_averages_over_a_second_is_flagged(driver) -> None:
     """Ampere and later: a step of power reaches the sensor over a second, so that half of a second's rise is missed."""
-    now = time.monotonic()
-    driver(FakeGpu(power_steps=[(now - 60, 50.0), (now + 0.5, 350.0)], average_seconds=1.0, update_seconds=0.02))
+    idle = (time.monotonic() - 60, 50.0)
+    (gpu,) = driver(FakeGpu(power_steps=[idle], average_seconds=1.0, update_seconds=0.02))
     with EnergyMeter("cuda") as meter:
-        time.sleep(now + 0.5 - time.monotonic())
+        gpu.power_steps = [idle, (time.monotonic(), 350.0)]
+        driver.publish()
         meter.start()
         time.sleep(1.0)
         meter.stop()

@@ -191,7 +191,7 @@ def test_unfinished_runs_show_status_and_the_first_line_of_the_error(make, save,
 def test_random_weights_and_emulated_cards_are_marked(make, save, table):
     model = {"name": "llama2_7b", "weights": "random"}
     record = make.infer(gpu="NVIDIA H100 80GB HBM3")
-    record.config |= {"model": model, "gpu": {"name": "t4"}}
+    record.config |= {"model": model, "gpu": {"name": "t4", "emulated": True}}
     save(record, "a")
     made = table("inference")
     (row,) = made.rows
@@ -212,7 +212,7 @@ def test_random_weights_and_emulated_cards_are_marked(make, save, table):
 )
 def test_a_card_that_is_itself_is_not_emulated(make, chosen, card):
     record = make.infer(gpu=card)
-    record.config["gpu"] = {"name": chosen}
+    record.config["gpu"] = {"name": chosen, "card": card, "emulated": False}
     assert facts.emulated(record) is None
 
 

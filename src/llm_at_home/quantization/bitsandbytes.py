@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
+from llm_at_home.hardware.device import check_kernel
 from llm_at_home.models.loading import load_config, load_weights
 
 
@@ -17,6 +18,8 @@ def check(config: Mapping[str, Any]) -> None:
         Refusal: for full fine-tuning, whose gradients integers cannot take.
     """
     quant = config["quant"]["name"]
+    if config["quant"]["bits"] == 8:
+        check_kernel(config["gpu"], (7, 5), "LLM.int8()")
     if config.get("adapter", {}).get("trains") == "all":
         hint = "use adapter=lora or quant=none"
         raise Refusal(f"quant={quant} adapter=full cannot train, since {quant} weights take no gradients: {hint}")

@@ -94,11 +94,7 @@ def host(record: Record) -> str:
 
 def emulated(record: Record) -> str | None:
     """The smaller card that the run kept to, when it is another than the card that computed."""
-    chosen = name_at(record.config, "gpu", "name")
-    if chosen in (UNKNOWN, "auto", "cpu", "cuda") or on_cpu(record) or host(record) == UNKNOWN:
-        return None
-    # "a100_40gb" is an A100 whatever its memory; "rtx4090" is the driver's "GeForce RTX 4090".
-    return None if _letters(chosen.split("_")[0]) in _letters(host(record)) else chosen
+    return name_at(record.config, "gpu", "name") if at(record.config, "gpu", "emulated") is True else None
 
 
 def device(record: Record) -> str:
@@ -125,10 +121,6 @@ def error_line(record: Record) -> str:
 def path_tail(path: object) -> str:
     """The last two parts of a path: enough to know a folder by."""
     return clean("/".join(PurePath(str(path)).parts[-2:]))
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _words(value: Any) -> str:

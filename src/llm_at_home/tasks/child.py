@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_at_home.errors import Interrupted, Refusal
+from llm_at_home.hardware import condition, emulation
 from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
@@ -49,6 +50,7 @@ def _run(job: dict[str, Any], folder: Path) -> int:
     tracker = _open_tracker(record, job["sweep"])
     start = time.perf_counter()
     try:
+        _prepare_card(config, record)
         resolve.task_module(task).run(config, folder, record, tracker)
     except Refusal as refusal:
         (folder / "refusal.txt").write_text(str(refusal), encoding="utf-8")
@@ -59,6 +61,8 @@ def _run(job: dict[str, Any], folder: Path) -> int:
         _fail(record, "interrupted", error)
     except Exception as error:
         _fail(record, "out_of_memory" if _is_out_of_memory(error) else "failed", error)
+    if config["gpu"]["device"] == "cuda":
+        record.provenance["gpu_after"] = condition.snapshot()
     finished = resolve.ingredients(task, config)
     record.provenance |= {
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -77,6 +81,23 @@ def _run(job: dict[str, Any], folder: Path) -> int:
     return EXIT_FAILED if record.status == "failed" else 0
 
 
+def _prepare_card(config: dict[str, Any], record: Record) -> None:
+    """See that the GPU is itself and nobody else's, and make it as small as the one that was asked for.
+
+    Raises:
+        Refusal: with ``strict=true`` on a card that is busy, throttled or limited.
+    """
+    if config["gpu"]["device"] != "cuda":
+        return
+    flags = condition.card_condition(config["gpu"])  # before this process itself is on the card
+    condition.require_clean(flags, config["strict"])
+    record.notes += flags
+    record.provenance["gpu_before"] = condition.snapshot()
+    capped = emulation.cap_memory(config["gpu"])
+    if capped:
+        record.provenance["emulation"] = capped
+
+
 def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
     logger = record.config["logger"]
     if logger["name"] == "none":
@@ -89,8 +110,9 @@ def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
     return tracker
 
 
-def _name(group: Any) -> str:
-    return str(group.get("card") or group.get("name")) if isinstance(group, dict) else str(group)
+def _name(group: dict[str, Any]) -> str:
+    real_card = None if group.get("emulated") else group.get("card")
+    return str(real_card or group["name"])
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -52,7 +52,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         config = {key: value for key, value in config.items() if key not in UNUSED[config["task"]]}
     config["gpu"] = resolve_device(config["gpu"])
     if "dtype" in config:
-        config["dtype"] = resolve_dtype(config["dtype"], config["gpu"]["device"])
+        config["dtype"] = resolve_dtype(config["dtype"], config["gpu"])
     if "model" in config:
         _name_model(config["model"], overrides)
     if "questions" in config and config["questions"]["path"]:

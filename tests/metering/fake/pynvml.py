@@ -178,8 +178,7 @@ def nvmlDeviceGetEnforcedPowerLimit(handle: Handle) -> int:
 @_checked
 def nvmlDeviceGetMemoryInfo(handle: Handle) -> SimpleNamespace:
     part = _part(handle)
-    used = _at(part.memory_steps, time.monotonic()) if part.memory_steps else part.used_bytes
-    return SimpleNamespace(total=part.memory_bytes, used=used, free=part.memory_bytes - used)
+    return SimpleNamespace(total=part.memory_bytes, used=part.used_bytes, free=part.memory_bytes - part.used_bytes)
 
 
 @_checked
