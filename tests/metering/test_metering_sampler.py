@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_nvml import FakeGpu
+from fake_nvml import FakeGpu, fake_nvml
 
+from llm_at_home.metering import sampler as module
 from llm_at_home.metering import session
 from llm_at_home.metering.session import SamplerSession, borrow, give_back, own_process_ids, used_gpus
 
@@ -80,6 +81,16 @@ def test_energy_is_the_integral_between_two_questions(sampler: SamplerSession) -
     seconds = second["clock"] - first["clock"]
     assert seconds == pytest.approx(0.7, abs=0.05)
     assert second["joules"] - first["joules"] == pytest.approx(100 * seconds, rel=0.001)
+
+
+def test_between_two_samples_power_is_taken_to_change_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [FakeGpu(power_mw=100_000), FakeGpu(uuid="GPU-2", power_mw=0)]
+    now = 50.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    watching = module.Sampler(fake_nvml(gpus), [gpu.uuid for gpu in gpus], [1])
+    now, gpus[0].power_mw, gpus[1].power_mw = 52.0, 200_000, 50_000
+    watching.sample()
+    assert watching.joules == pytest.approx(2 * (100 + 250) / 2)
 
 
 def test_windows_begin_anew_and_are_forgotten(driver) -> None:

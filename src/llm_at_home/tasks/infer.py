@@ -26,11 +26,18 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         record: filled in as the run goes.
         tracker: MLflow, or None.
     """
-    from llm_at_home.metering.energy import EnergyMeter
     from llm_at_home.metering.memory import MemoryMeter
 
-    device = config["gpu"]["device"]
-    memory = MemoryMeter(device)
+    with MemoryMeter(config["gpu"]["device"]) as memory:
+        try:
+            _measure(config, folder, record, memory)
+        finally:
+            record.readings |= memory.readings()
+
+
+def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: Any) -> None:
+    from llm_at_home.metering.energy import EnergyMeter
+
     start = time.perf_counter()
     engine = load_engine(config)
     record.readings["load_time"] = Reading(time.perf_counter() - start, "s", "clock")
@@ -38,18 +45,18 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     turns = _turns(config, engine)
     record.readings["warmup_time"] = _warm_up(engine, turns)
 
-    energy = EnergyMeter(device)
-    energy.measure_idle()
-    memory.begin_measured()
-    energy.start()
-    try:
-        passes = [turns.answer(engine, folder, repeat) for repeat in range(config["repeats"])]
-    finally:
-        energy.stop()
-        record.readings |= memory.readings()
-    replies = [reply for one in passes for reply in one]
+    with EnergyMeter(config["gpu"]["device"]) as energy:
+        energy.measure_idle()
+        memory.begin_measured()
+        energy.start()
+        try:
+            passes = [turns.answer(engine, folder, repeat) for repeat in range(config["repeats"])]
+        finally:
+            energy.stop()
+        replies = [reply for one in passes for reply in one]
+        record.readings |= energy.readings("token", sum(len(reply.tokens) for reply in replies))
+        record.notes += energy.flags
     record.readings |= _speed(passes)
-    record.readings |= energy.readings("token", sum(len(reply.tokens) for reply in replies))
     record.counts |= {
         "turns": len(replies),
         "prompt_tokens": sum(reply.prompt_tokens for reply in replies),

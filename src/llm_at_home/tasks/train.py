@@ -23,8 +23,19 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         record: filled in as the run goes, so that a failed one still tells what it knew.
         tracker: MLflow, or None.
     """
-    from hydra.utils import instantiate
     from lightning.pytorch import seed_everything
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
+    seed_everything(config["seed"], verbose=False)
+    callbacks = _callbacks(config, folder, tracker)
+    try:
+        _fit(config, folder, record, callbacks)
+    finally:
+        _read(record, callbacks)
+
+
+def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: list[Any]) -> None:
+    from hydra.utils import instantiate
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.quantization.base import describe_kernel, load_base
@@ -32,9 +43,6 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     from llm_at_home.training.callbacks.memory import PeakMemory
     from llm_at_home.training.module import CausalLMModule
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
-    seed_everything(config["seed"], verbose=False)
-    callbacks = _callbacks(config, folder, tracker)
     for callback in callbacks:
         if isinstance(callback, PeakMemory):
             callback.before_load(config["gpu"]["device"])
@@ -65,7 +73,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         # The checkpoint is this program's own and holds more than tensors (random states, loop positions).
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
-        _read(record, module, callbacks)
+        _losses(record, module.history)
     if config["adapter"]["trains"] != "nothing":
         save_weights(model, folder)
 
@@ -127,13 +135,19 @@ def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
     return encoded, tokenizer.pad_token_id, len(loaded.bad_lines)
 
 
-def _read(record: Record, module: Any, callbacks: Sequence[Any]) -> None:
-    """Collect the callbacks' readings and the losses; also after a run that failed."""
+def _losses(record: Record, history: Sequence[Mapping[str, float]]) -> None:
+    record.counts["optimizer_steps"] = len(history)
+    if history:
+        method = "mean_over_tokens_of_the_step"
+        record.quality["loss_first"] = Reading(history[0]["loss"], "nats/token", method, n=1)
+        record.quality["loss_last"] = Reading(history[-1]["loss"], "nats/token", method, n=1)
+
+
+def _read(record: Record, callbacks: Sequence[Any]) -> None:
+    """Collect what the callbacks measured, also after a run that failed."""
     for callback in callbacks:
         if hasattr(callback, "readings"):
             record.readings |= callback.readings()
-    record.counts["optimizer_steps"] = len(module.history)
-    if module.history:
-        method = "mean_over_tokens_of_the_step"
-        record.quality["loss_first"] = Reading(module.history[0]["loss"], "nats/token", method, n=1)
-        record.quality["loss_last"] = Reading(module.history[-1]["loss"], "nats/token", method, n=1)
+        record.notes += getattr(callback, "flags", [])
+        if hasattr(callback, "close"):
+            callback.close()
