@@ -1,6 +1,6 @@
 """What the meters cost and how far they can be trusted, on a GPU.
 
-    python benchmarks/meters.py --out results/<machine>/meters.json
+    python benchmarks/meters.py --out results/<machine>/meters/meters.json
 
 Peak memory of a known allocation by all four names; both energy methods over load and over idle; and the speed of one
 decode-like load with the meters on and off, in turn. It takes under two minutes and prints one table.

@@ -1,6 +1,6 @@
 """How long a command takes to answer when it loads no model: help, configuration, a refusal.
 
-    python benchmarks/startup.py            prints a table and writes results/<machine>/startup.json
+    python benchmarks/startup.py            prints a table and writes results/<machine>/startup/startup.json
 
 The limit that this project sets itself is two seconds.
 """
@@ -56,7 +56,7 @@ def main() -> int:
             }
         )
         print(f"{name:40} median {rows[-1]['median']:.2f} s, slowest {rows[-1]['slowest']:.2f} s")
-    out = ROOT / "results" / arguments.machine / "startup.json"
+    out = ROOT / "results" / arguments.machine / "startup" / "startup.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"rows": rows, "provenance": collect()}, indent=1) + "\n")
     return 0 if all(row["median"] < LIMIT_SECONDS for row in rows) else 1

@@ -29,10 +29,12 @@ class Schedule:
 
     def __init__(self) -> None:
         self.next: float | None = None
+        self.ends: list[float] = []
 
     def wait(self) -> None:
         self.next = time.perf_counter() + STEP if self.next is None else self.next + STEP
         wait_until(self.next)
+        self.ends.append(time.perf_counter())  # the deadline, or what a busy machine made of it
 
 
 @pytest.fixture
@@ -65,31 +67,40 @@ def metronome():
 def test_the_decode_rate_of_a_known_step_is_right_within_one_percent(metronome) -> None:
     engine = EagerEngine(metronome, None, max_new_tokens=TOKENS)
     engine.reply([1, 2, 3], Sampling(2, ignore_eos=True))  # what is made at the first call is not timed
-    metronome.schedule.next = None
+    metronome.schedule.next, metronome.schedule.ends = None, []
     reply = engine.reply([1, 2, 3], Sampling(TOKENS, ignore_eos=True))
+    ends = metronome.schedule.ends
+    assert len(ends) == TOKENS
+    known = (TOKENS - 1) / (ends[-1] - ends[0])
     assert sum(reply.intervals) > 1.0
+    assert known <= 1.001 / STEP
     figures = _speed([[reply]])
-    assert figures["decode_tokens_per_second"].value == pytest.approx(1 / STEP, rel=0.01)
-    assert figures["inter_token_latency_median"].value == pytest.approx(STEP, rel=0.05)
+    assert figures["decode_tokens_per_second"].value == pytest.approx(known, rel=0.01)
+    assert figures["inter_token_latency_median"].value >= 0.9 * STEP
     assert figures["time_to_first_token"].value >= STEP
 
 
 def test_the_rate_of_training_steps_is_right_within_one_percent() -> None:
-    """Each step ends a known time after its first micro-batch began; between steps anything may happen."""
+    """Each step takes 40 ms, or what a busy machine makes of it by the test's own clock; between steps none counts."""
     throughput = Throughput(warmup_steps=1)
     trainer, module = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
     batch = {"attention_mask": torch.ones(2, 5)}
+    known = []
     throughput.on_train_start(trainer, module)
     for step in range(27):
         begin = time.perf_counter()
         for micro in range(2):
             throughput.on_train_batch_start(trainer, module, batch, micro)
             wait_until(begin + 0.02 * (micro + 1) + (0.5 if step == 0 else 0.0))
+            end = time.perf_counter()
             trainer.global_step += micro
             throughput.on_train_batch_end(trainer, module, None, batch, micro)
+        known.append(end - begin)
         time.sleep(0.005)
     figures = throughput.readings()
-    assert figures["steps_per_second"].n == 26  # 1.04 s
-    assert figures["steps_per_second"].value == pytest.approx(1 / 0.04, rel=0.01)
-    assert figures["tokens_per_second"].value == pytest.approx(20 / 0.04, rel=0.01)
-    assert figures["warmup_time"].value == pytest.approx(0.54, rel=0.05)
+    rate = 26 / sum(known[1:])
+    assert sum(known[1:]) > 1.0
+    assert figures["steps_per_second"].n == 26
+    assert figures["steps_per_second"].value == pytest.approx(rate, rel=0.01)
+    assert figures["tokens_per_second"].value == pytest.approx(20 * rate, rel=0.01)
+    assert figures["warmup_time"].value == pytest.approx(known[0], rel=0.01)

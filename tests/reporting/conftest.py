@@ -58,14 +58,14 @@ def infer(config_hash="infer-1", gpu=None, started_at="2026-11-20T10:00:00+00:00
         readings |= {
             "torch_allocated_peak": reading(5.219, "GB", "torch_peak"),
             "torch_reserved_peak": reading(5.604, "GB", "torch_peak"),
-            "process_memory": reading(6.127, "GB", "nvml_at_end"),
+            "process_memory_peak": reading(6.127, "GB", "nvml_sampled_50ms"),
             "energy_gross": reading(1.234, "Wh", "nvml_counter"),
             "energy_net": reading(0.0312, "Wh", "nvml_counter"),
             "energy_per_token": reading(2.51, "J/token", "nvml_counter"),
         }
     else:
         readings["resident_set_peak"] = reading(1.048, "GB", "kernel_high_water_mark")
-        for name in ("torch_allocated_peak", "torch_reserved_peak", "process_memory", "device_memory"):
+        for name in ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak", "device_memory_peak"):
             readings[name] = Reading.unknown("GB", "the run used the CPU only")
     return Record(
         "infer",

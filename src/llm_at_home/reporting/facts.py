@@ -10,7 +10,7 @@ from typing import Any
 from llm_at_home.records.schema import Record
 
 UNKNOWN = "unknown"
-CUDA_MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory")
+CUDA_MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak")
 CPU_MEMORY = ("resident_set_peak",)
 
 

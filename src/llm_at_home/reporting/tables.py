@@ -23,7 +23,6 @@ _UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge 
 _UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
 _NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
 _SCORES = ("judge_score_mean", "judge_score")
-_PROCESS = ("process_memory_peak", "process_memory")
 
 _MODEL = Column("model", "Model", kind="text", terminal="Model")
 _QUANT = Column("quant", "Quant", kind="text", terminal="Quant")
@@ -34,7 +33,7 @@ _MEMORY = tuple(
     for key, title, terminal in (
         ("torch_allocated_peak", "torch allocated, peak", "Mem GB"),
         ("torch_reserved_peak", "torch reserved, peak", ""),
-        ("process_memory", "process", ""),
+        ("process_memory_peak", "process, peak", ""),
         ("resident_set_peak", "resident set, peak", "RSS GB"),
     )
 )
@@ -330,9 +329,7 @@ def _measured(column: Column, run: Run) -> Entry:
             if facts.on_cpu(record)
             else "the figure for runs on a CPU; this one was on a card"
         )
-    names = _PROCESS if column.key in _PROCESS else (column.key,)
-    known = record.quality | record.readings
-    reading = next((known[name] for name in names if name in known), None)
+    reading = (record.quality | record.readings).get(column.key)
     return column.entry(reading, run.path, missing=_unmeasured(record))
 
 

@@ -47,6 +47,9 @@ def _judge(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     quality, counts = judge_run(config["judge"], questions, answers, baseline, folder)
     record.quality |= quality
     record.counts |= counts
+    mean = quality.get("judge_score_mean")
+    if mean and mean.interval95 and mean.interval95[0] == mean.interval95[1]:
+        record.notes.append("the judge gave every answer the same score, so its scores tell nothing apart")
 
 
 def _rows(run_folder: str) -> list[dict[str, Any]]:
