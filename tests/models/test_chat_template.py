@@ -174,5 +174,5 @@ def test_a_template_that_rewrites_earlier_turns_is_not_guessed_at(original) -> N
         "{{ message['content'] if loop.last else message['content'][:2] }}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    with pytest.raises(ValueError, match="changes earlier turns"):
+    with pytest.raises(Refusal, match="changes earlier turns"):
         encode(changing, CONVERSATIONS["two turns"], 100)

@@ -166,10 +166,6 @@ def test_random_weights_of_a_folder_keep_its_tokenizer(tiny_model: Path) -> None
     assert loading.load_tokenizer(group(tiny_model, weights="random")).eos_token == "<|im_end|>"
 
 
-def test_quantizing_random_weights_is_refused() -> None:
-    assert "random weights" in one_line(loading.load_weights, RANDOM, "float32", "cpu", quantization_config=object())
-
-
 # -- the hub's ways of saying no
 
 

@@ -63,7 +63,8 @@ def test_what_can_change_a_figure_changes_the_hash(path: str, value: Any) -> Non
         ("rerun", True),
         ("timeout_s", 60),
         ("resume", True),
-        ("verbose", True),
+        ("strict", True),
+        ("grace_s", 5),
         ("adapter_path", "/b"),  # named by path: its content is an ingredient
         ("answers", "/b"),
         ("baseline", "/b"),
@@ -116,3 +117,11 @@ def test_file_and_folder_hashes_follow_names_and_contents(tmp_path: Path) -> Non
     second = folder_hash(tmp_path, ["*.json"])
     (tmp_path / "a.json").rename(tmp_path / "c.json")
     assert len({first, second, folder_hash(tmp_path, ["*.json"])}) == 3
+
+
+def test_a_path_within_a_group_leaves_the_hash_and_its_neighbours_stay():
+    here = CONFIG | {"data": {"path": "/a/mine.jsonl", "max_length": 400}}
+    there = CONFIG | {"data": {"path": "/b/mine.jsonl", "max_length": 400}}
+    longer = CONFIG | {"data": {"path": "/a/mine.jsonl", "max_length": 500}}
+    assert config_hash(here, INGREDIENTS) == config_hash(there, INGREDIENTS)
+    assert config_hash(here, INGREDIENTS) != config_hash(longer, INGREDIENTS)

@@ -184,3 +184,23 @@ def test_show_as_a_command(tmp_path: Path) -> None:
     missing = subprocess.run([*words, str(tmp_path / "no")], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "Traceback" not in missing.stderr
+
+
+def test_what_differs_between_two_runs_is_told(tmp_path, capsys):
+    from llm_at_home.records.__main__ import main
+
+    def run(folder, quant, speed):
+        reading = Reading(speed, "tokens/s", "token_on_host_clock")
+        record = Record(task="infer", config={"quant": {"name": quant}, "seed": 0}, provenance={"git": {"commit": "a"}})
+        record.readings = {"decode_tokens_per_second": reading, "energy_gross": Reading.unknown("Wh", "no counter")}
+        store.save(record, tmp_path / folder)
+        return str(tmp_path / folder)
+
+    assert main(["diff", run("a", "none", 20.0), run("b", "nf4", 30.0)]) == 0
+    told = capsys.readouterr().out
+    assert "config.quant.name" in told
+    assert "none  |  nf4" in told
+    assert "(x 1.5)" in told
+    assert "unknown: no counter" in told
+    assert "seed" not in told
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2

@@ -32,10 +32,11 @@ def test_a_finished_hash_is_skipped_and_its_folder_stays_usable(tmp_path, comman
 
 
 def test_a_sweep_gives_each_job_its_process_and_sums_up(tmp_path, command):
-    folder = tmp_path / "sweep"
-    done = command("infer.py", "-m", *INFER, "seed=1,2", "quant=none,nf4", "dtype=float32", f"hydra.sweep.dir={folder}")
+    # without naming a folder, as most people do
+    done = command("infer.py", "-m", *INFER, "seed=1,2", "quant=none,nf4")
     assert done.returncode == 0, done.stderr
     assert "4 jobs: 4 ok" in done.stdout
+    (folder,) = (path for path in (tmp_path / "multirun" / "infer").iterdir())
     assert len({record(folder / str(i))["config_hash"] for i in range(4)}) == 4
 
 

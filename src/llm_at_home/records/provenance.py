@@ -30,7 +30,7 @@ def collect(extra: dict[str, Any] | None = None) -> dict[str, Any]:
 def git_state(folder: Path | None = None) -> dict[str, Any] | None:
     """Commit and dirtiness of the checkout that holds this package, or None outside one.
 
-    Where the code was copied without its history, ``LLM_AT_HOME_COMMIT`` may name the commit; dirtiness is unknown then.
+    Where the code was copied without its history, ``LLM_AT_HOME_COMMIT`` may name the commit (dirtiness is unknown).
     """
     if os.environ.get("LLM_AT_HOME_COMMIT"):
         return {"commit": os.environ["LLM_AT_HOME_COMMIT"], "dirty": None}
