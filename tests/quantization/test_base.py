@@ -145,3 +145,17 @@ def test_random_dense_weights_compute_what_the_architecture_computes(tiny_model)
     with torch.no_grad():
         torch.testing.assert_close(reference.eval()(ids).logits, logits)
     assert model.lm_head.weight is model.model.embed_tokens.weight, "tied as the configuration says"
+
+
+def test_the_kernel_that_is_chosen_at_the_first_call_is_named(tiny_model):
+    from bitsandbytes.functional import has_avx512bf16
+
+    model = base.load_base(config(tiny_model, NF4))
+    assert "avx512bf16" not in base.describe_kernel(model)["backend"]
+    with torch.inference_mode():
+        model(torch.arange(20).reshape(1, 20))
+    assert ("avx512bf16" in base.describe_kernel(model)["backend"]) == has_avx512bf16()
+    for_training = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    with torch.inference_mode():
+        for_training(torch.arange(20).reshape(1, 20))
+    assert "avx512bf16" not in base.describe_kernel(for_training)["backend"]

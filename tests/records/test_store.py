@@ -187,8 +187,6 @@ def test_show_as_a_command(tmp_path: Path) -> None:
 
 
 def test_what_differs_between_two_runs_is_told(tmp_path, capsys):
-    from llm_at_home.records.__main__ import main
-
     def run(folder, quant, speed):
         reading = Reading(speed, "tokens/s", "token_on_host_clock")
         record = Record(task="infer", config={"quant": {"name": quant}, "seed": 0}, provenance={"git": {"commit": "a"}})

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-METHODS = ("dense", "bitsandbytes")
+METHODS = ("dense", "bitsandbytes", "rtn")
 
 
 def method_of(quant: Mapping[str, Any]) -> Any:
@@ -60,7 +60,9 @@ def describe_kernel(model: Any) -> dict[str, Any]:
     weights = next(model.parameters())
     main = counts.most_common(1)[0][0] if counts else "none"
     library = "bitsandbytes" if main in ("Linear4bit", "Linear8bitLt") else "torch"
-    repacked = any(getattr(module, "enable_optimized_cpu", False) for module in model.modules())
+    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
+    # bitsandbytes repacks at the first call without gradients, and computes in bfloat16 from then on.
+    repacked = any(getattr(state, "packing_format_for_cpu", False) for state in states)
     return {
         "linear": main,
         "layers": dict(counts),

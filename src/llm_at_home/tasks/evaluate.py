@@ -24,7 +24,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         record: filled in as the run goes.
         tracker: MLflow, or None.
     """
-    {"judge": _judge, "text": _text}[config["task"]](config, folder, record)
+    {"judge": _judge, "text": _text, "fidelity": _fidelity}[config["task"]](config, folder, record)
 
 
 def _judge(config: Mapping[str, Any], folder: Path, record: Record) -> None:
@@ -99,6 +99,29 @@ def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     general = [_conversation(question) for question in load_questions("home_bench") if question.reference]
     record.quality["perplexity_home_bench"] = conversation_perplexity(engine.model, engine.tokenizer, general)
     record.counts |= {"questions": len(kinds), "bad_lines": len(loaded.bad_lines)}
+
+
+def _fidelity(config: Mapping[str, Any], folder: Path, record: Record) -> None:
+    """The quantized model against its own unquantized baseline, on held-out texts."""
+    from llm_at_home.data.texts import load_texts
+    from llm_at_home.evaluation.fidelity import compare, fidelity_readings
+    from llm_at_home.models.loading import load_tokenizer
+    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.quantization.size import size_readings
+
+    options = config["fidelity"]
+    tokenizer = load_tokenizer(config["model"])
+    texts = [tokenizer(text)["input_ids"][: options["max_length"]] for text in load_texts("held_out", config["limit"])]
+    model = load_base(config)
+    record.kernel = describe_kernel(model)
+    record.readings |= size_readings(model)
+    dense = {"name": "none", "method": "dense", "bits": None}
+    baseline = load_base({**config, "quant": dense, "dtype": options["baseline_dtype"]})
+    compared = compare(model, baseline, texts)
+    record.quality |= fidelity_readings(compared)
+    record.counts |= {"texts": len(texts), "tokens": sum(len(text.kl) for text in compared)}
+    with (folder / "fidelity.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": i, **text.row()}) + "\n" for i, text in enumerate(compared))
 
 
 def _training_run(adapter_path: str) -> dict[str, Any] | None:

@@ -37,13 +37,16 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
 
 def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: Any) -> None:
     from llm_at_home.metering.energy import EnergyMeter
+    from llm_at_home.quantization.base import describe_kernel
 
     start = time.perf_counter()
     engine = load_engine(config)
     record.readings["load_time"] = Reading(time.perf_counter() - start, "s", "clock")
     record.kernel = engine.kernel
+    record.readings |= engine.size
     turns = _turns(config, engine)
     record.readings["warmup_time"] = _warm_up(engine, turns)
+    record.kernel = describe_kernel(engine.model)  # a layer may choose its kernel at its first call
 
     with EnergyMeter(config["gpu"]["device"]) as energy:
         energy.measure_idle()
@@ -79,14 +82,16 @@ def load_engine(config: Mapping[str, Any]) -> Any:
     from llm_at_home.adapters.attach import attach_saved
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.quantization.size import size_readings
 
     tokenizer = load_tokenizer(config["model"]) if has_tokenizer(config["model"]) else None
     model = load_base(config)
+    kernel, size = describe_kernel(model), size_readings(model)  # of the base, whatever adapter is put on it
     if config["adapter_path"]:
         model = attach_saved(model, config["adapter_path"])
     options = {key: value for key, value in config["engine"].items() if key != "name"}
     engine = instantiate(options, model=model, tokenizer=tokenizer, _convert_="object")
-    engine.kernel = describe_kernel(model)
+    engine.kernel, engine.size = kernel, size
     return engine
 
 

@@ -22,8 +22,9 @@ from llm_at_home.records import hashing, store
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
 UNUSED = {
-    "judge": ("model", "quant", "data", "engine", "dtype", "adapter_path", "text"),
-    "text": ("judge", "answers", "baseline"),
+    "judge": ("model", "quant", "data", "engine", "dtype", "adapter_path", "text", "fidelity"),
+    "text": ("judge", "answers", "baseline", "fidelity"),
+    "fidelity": ("judge", "answers", "baseline", "data", "engine", "text", "adapter_path"),
 }
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 SYNTHETIC = "synthetic"
@@ -142,6 +143,8 @@ def _check_evaluate(config: Mapping[str, Any]) -> None:
         judge.check(config["judge"], has_baseline=bool(config["baseline"]))
     elif config["model"]["weights"] == "random":
         raise Refusal("random weights have no quality to measure: use model.weights=pretrained")
+    elif config["task"] == "fidelity":
+        resolve_dtype(config["fidelity"]["baseline_dtype"], config["gpu"])
     elif config["data"]["source"] == SYNTHETIC:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
 
@@ -166,6 +169,10 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("adapter_path"):
         folder = adapter_folder(config["adapter_path"])
         found["adapter"] = hashing.folder_hash(folder, ["adapter_config.json", "*.safetensors"])
+    if "fidelity" in config:
+        from llm_at_home.data.texts import texts_hash
+
+        found["texts"] = texts_hash("held_out")
     for key in ("answers", "baseline"):
         if config.get(key):
             found[key] = hashing.folder_hash(store.run_folder(config[key]), ["answers.jsonl"])

@@ -1,0 +1,52 @@
+"""How many bits a weight really takes in memory, scales and tables included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_at_home.records.schema import Reading
+
+METHOD = "tensors_in_memory"
+
+
+def size_readings(model: Any) -> dict[str, Reading]:
+    """``bits_per_weight`` of the decoder's linear layers, and ``model_size`` of the whole model.
+
+    The output head, embeddings and norms, which most methods leave as they are, count in ``model_size`` (GB) and
+    ``bits_per_weight_whole_model`` only. Tied weights count once.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    seen: set[int] = set()
+    weights = linear_weights = linear_bytes = total_bytes = 0
+    for module in model.modules():
+        own = [tensor for tensor in _tensors(module) if tensor.data_ptr() not in seen]
+        seen |= {tensor.data_ptr() for tensor in own}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        total_bytes += size
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            linear_weights += module.in_features * module.out_features
+            linear_bytes += size
+            weights += module.in_features * module.out_features
+        else:
+            weights += sum(tensor.numel() for tensor in own if isinstance(tensor, torch.nn.Parameter))
+    return {
+        "bits_per_weight": Reading(8 * linear_bytes / linear_weights, "bits", METHOD),
+        "bits_per_weight_whole_model": Reading(8 * total_bytes / weights, "bits", METHOD),
+        "model_size": Reading(total_bytes / 1e9, "GB", METHOD),
+    }
+
+
+def _tensors(module: Any) -> list[Any]:
+    """Every tensor that a module keeps itself, those of bitsandbytes' quantization states among them."""
+    import torch
+
+    found = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for parameter in list(found):
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += [value for value in state.as_dict(packed=False).values() if isinstance(value, torch.Tensor)]
+        if isinstance(getattr(parameter, "SCB", None), torch.Tensor):
+            found.append(parameter.SCB)
+    return found
