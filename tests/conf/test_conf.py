@@ -30,7 +30,7 @@ def choices() -> list[tuple[str, str, str]]:
         for folder in sorted(p for p in CONF.iterdir() if p.is_dir() and p.name not in NO_GROUP):
             if f"- {folder.name}:" in text and folder.name != "experiment":
                 found += [(command, folder.name, file.stem) for file in sorted(folder.glob("*.yaml"))]
-    experiments = {"handbook": "train", "demo": "infer"}
+    experiments = {"handbook": "train", "demo": "infer", "fidelity": "evaluate"}
     return found + [(command, "experiment", name) for name, command in experiments.items()]
 
 
@@ -42,7 +42,7 @@ def test_every_choice_composes_and_resolves(command, group, choice):
 
 
 def test_every_experiment_is_tested():
-    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == {"handbook", "demo"}
+    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == {"handbook", "demo", "fidelity"}
 
 
 def targets() -> list[tuple[Path, str]]:
@@ -115,3 +115,9 @@ def test_an_evaluation_s_record_names_no_model_that_it_does_not_use():
     assert not {"model", "quant", "data", "engine"} & set(judged)
     scored = resolve.resolve("evaluate", composed("evaluate", "task=text", "gpu=cpu"))
     assert "judge" not in scored
+
+
+def test_an_experiment_has_the_last_word_and_the_command_line_a_later_one():
+    assert composed("evaluate", "experiment=fidelity").task == "fidelity"
+    assert composed("evaluate", "experiment=fidelity", "task=text").task == "text"
+    assert composed("train", "experiment=handbook", "adapter.r=8").adapter.r == 8
