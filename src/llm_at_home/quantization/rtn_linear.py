@@ -77,6 +77,10 @@ class RTNLinear(torch.nn.Linear):
         bits, scheme, granularity, group_size: as for :func:`quantize`.
     """
 
+    planes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
     SETTINGS = ("bits", "scheme", "granularity", "group_size")
 
     def __init__(self, linear: torch.nn.Linear, bits: int, scheme: str, granularity: str, group_size: int) -> None:
