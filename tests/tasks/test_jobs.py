@@ -40,6 +40,15 @@ def test_a_sweep_gives_each_job_its_process_and_sums_up(tmp_path, command):
     assert len({record(folder / str(i))["config_hash"] for i in range(4)}) == 4
 
 
+def test_another_launcher_has_the_same_isolation_and_summary(tmp_path, command):
+    words = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2")
+    done = command("infer.py", "-m", *INFER, *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 2 ok" in done.stdout
+    (folder,) = (tmp_path / "multirun" / "infer").iterdir()
+    assert [record(folder / str(i))["config"]["seed"] for i in range(2)] == [1, 2]
+
+
 def test_a_job_that_is_killed_leaves_a_record_and_the_sweep_goes_on(tmp_path, start):
     folder = tmp_path / "sweep"
     words = (*INFER, "seed=1,2", f"hydra.sweep.dir={folder}")
