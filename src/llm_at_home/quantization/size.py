@@ -45,8 +45,8 @@ def _tensors(module: Any) -> list[Any]:
     found = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     for parameter in list(found):
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            found += [value for value in state.as_dict(packed=False).values() if isinstance(value, torch.Tensor)]
-        if isinstance(getattr(parameter, "SCB", None), torch.Tensor):
-            found.append(parameter.SCB)
+        nested = getattr(state, "state2", None)
+        # The tensors themselves and not as_dict(), which copies some: tables shared between layers count once.
+        tables = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code", "offset")]
+        found += [table for table in (*tables, getattr(parameter, "SCB", None)) if isinstance(table, torch.Tensor)]
     return found
