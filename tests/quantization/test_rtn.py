@@ -118,7 +118,7 @@ def test_bitsandbytes_scales_and_tables_are_counted(tiny_model):
 
     plain, nested = bits(False), bits(True)
     assert 4.5 < plain < 4.7  # a float32 scale for 64 weights, and the table of sixteen values
-    # an eight-bit scale for 64 weights, and in so small a model the second table of 256 values weighs more than it saves
+    # an eight-bit scale for 64 weights; in so small a model the second table weighs more than it saves
     assert 4.125 < nested < 6
     assert bits(True) == nested, "the same model has the same size each time"
 
