@@ -53,6 +53,7 @@ def test_each_ending_has_its_record(tmp_path, command, kind, status, said):
     assert found["status"] == status, found["error"]
     assert said in found["error"]["message"]
     assert found["readings"]["resident_set_peak"]["value"] > 0.1
+    assert found["provenance"]["packages"]["torch"]
     assert any("disasters.py" in line for line in found["error"]["log"]), found["error"]["log"]
     assert done.returncode == (0 if status == "out_of_memory" else 1)
     assert "Traceback" not in done.stderr

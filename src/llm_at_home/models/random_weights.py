@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from llm_at_home.errors import Refusal
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -61,11 +63,11 @@ def _make_buffers(model: Any, config: Any, device: str) -> None:
     """Rotary frequencies are computed when a module is made, which on the meta device gave them no values.
 
     Raises:
-        NotImplementedError: for an architecture that keeps other buffers, whose values would be garbage.
+        Refusal: for an architecture that keeps other buffers, whose values would be garbage.
     """
     for name, module in list(model.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
         if "rotary" not in name:
-            raise NotImplementedError(f"random weights of this architecture: {name} keeps a buffer of its own")
+            raise Refusal(f"model.weights=random cannot make {name} of this architecture: use model.weights=pretrained")
         model.set_submodule(name, type(module)(config=config).to(device))

@@ -26,7 +26,7 @@ from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import resolve
-from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB
+from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB, REFUSAL
 
 log = logging.getLogger("llm_at_home")
 PR_SET_PDEATHSIG = 1
@@ -53,7 +53,7 @@ def _run(job: dict[str, Any], folder: Path) -> int:
         _prepare_card(config, record)
         resolve.task_module(task).run(config, folder, record, tracker)
     except Refusal as refusal:
-        (folder / "refusal.txt").write_text(str(refusal), encoding="utf-8")
+        (folder / REFUSAL).write_text(str(refusal), encoding="utf-8")
         if tracker is not None:
             tracker.discard()
         return EXIT_REFUSED

@@ -17,13 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.errors import Refusal
-from llm_at_home.records import hashing, store
+from llm_at_home.records import hashing, provenance, store
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.tasks import resolve, sweep
 from llm_at_home.tasks.process import Child, Ending
 
 JOB = "job.json"
 CONFIG = "config.yaml"
+REFUSAL = "refusal.txt"
 EXIT_FAILED, EXIT_REFUSED = 1, 2
 LOG_LINES = 20  # of a failed job's log in its record
 
@@ -106,10 +107,12 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
         (folder / store.RECORD).replace(folder / "record.previous.json")
     store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
+    refusal = folder / REFUSAL
+    refusal.unlink(missing_ok=True)
     command = [sys.executable, "-m", "llm_at_home.tasks.child", str(folder)]
     ending = Child(command, CHILD_ENVIRONMENT, config["timeout_s"], config["grace_s"]).run()
-    if ending.code == EXIT_REFUSED:
-        raise Refusal((folder / "refusal.txt").read_text(encoding="utf-8"))
+    if ending.code == EXIT_REFUSED and refusal.is_file():
+        raise Refusal(refusal.read_text(encoding="utf-8"))
     record = _ensure_record(task, config, digest, folder, ending)
     if record.status == "ok":
         store.mark_finished(record, folder, root)
@@ -128,7 +131,7 @@ def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path,
             record.error = {**(record.error or {}), "message": f"stopped after timeout_s={config['timeout_s']}"}
     else:
         status = "out_of_memory" if ending.oom_killed else ending.asked or "failed"
-        record = Record(task=task, status=status, config=config, config_hash=digest)
+        record = Record(task, status, config, digest, provenance=provenance.collect({"seed": config["seed"]}))
         record.error = {"type": "ProcessDied", "message": f"the job's process {ending}"}
         if ending.resident_peak is not None:
             method = "parent_sampled_high_water_mark"
