@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from llm_at_home.quantization.layers import kind, library, linear_layers
+
 METHODS = ("dense", "bitsandbytes", "rtn")
 
 
@@ -34,39 +36,28 @@ def load_base(config: Mapping[str, Any]) -> Any:
     """
     model = method_of(config["quant"]).load(config)
     if config["quant"]["method"] != "dense":
-        plain = [name for name, kind in _linear_layers(model) if kind == "Linear"]
+        plain = [name for name, module in linear_layers(model) if kind(module) == "Linear"]
         if plain:
             raise RuntimeError(f"{len(plain)} layers were left unquantized, {plain[0]} the first")
     return model
-
-
-def _linear_layers(model: Any) -> list[tuple[str, str]]:
-    """Names and classes of the linear layers, without the output head and without an adapter's own."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return [
-        (name, type(module).__name__)
-        for name, module in model.named_modules()
-        if module is not head and isinstance(module, torch.nn.Linear) and "lora_" not in name
-    ]
 
 
 def describe_kernel(model: Any) -> dict[str, Any]:
     """The classes of the linear layers that were instantiated, with counts, and the backend that runs them."""
     import torch
 
-    counts = Counter(kind for _, kind in _linear_layers(model))
-    weights = next(model.parameters())
+    layers = [module for _, module in linear_layers(model)]
+    counts = Counter(kind(layer) for layer in layers)
     main = counts.most_common(1)[0][0] if counts else "none"
-    library = "bitsandbytes" if main in ("Linear4bit", "Linear8bitLt") else "torch"
+    package = next((library(layer) for layer in layers if kind(layer) == main), "torch")
+    device = next(model.parameters()).device.type
     states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
     # bitsandbytes repacks at the first call without gradients, and computes in bfloat16 from then on.
     repacked = any(getattr(state, "packing_format_for_cpu", False) for state in states)
     return {
         "linear": main,
         "layers": dict(counts),
-        "backend": f"{library} {weights.device.type}" + (" avx512bf16" if repacked else ""),
+        "backend": f"{package} {device}" + (" avx512bf16" if repacked else ""),
         "attention": getattr(model.config, "_attn_implementation", "unknown"),
-        "threads": torch.get_num_threads() if weights.device.type == "cpu" else None,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_at_home.quantization.layers import linear_layers
 from llm_at_home.records.schema import Reading
 
 METHOD = "tensors_in_memory"
@@ -17,7 +18,7 @@ def size_readings(model: Any) -> dict[str, Reading]:
     """
     import torch
 
-    head = model.get_output_embeddings()
+    linear = {id(module) for _, module in linear_layers(model)}
     seen: set[int] = set()
     weights = linear_weights = linear_bytes = total_bytes = 0
     for module in model.modules():
@@ -25,7 +26,7 @@ def size_readings(model: Any) -> dict[str, Reading]:
         seen |= {tensor.data_ptr() for tensor in own}
         size = sum(tensor.numel() * tensor.element_size() for tensor in own)
         total_bytes += size
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if id(module) in linear:
             linear_weights += module.in_features * module.out_features
             linear_bytes += size
             weights += module.in_features * module.out_features

@@ -1,0 +1,38 @@
+"""Which modules of a model are its linear layers, dense or quantized by whatever library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the linear layers, without the output head and without an adapter's own.
+
+    GPTQModel's layers are no subclasses of ``torch.nn.Linear``; what all have is ``in_features`` and ``out_features``.
+    """
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        is_wrapper = hasattr(module, "base_layer")  # an adapter's layer around the one that is meant
+        if is_linear and module is not head and not is_wrapper and "lora_" not in name:
+            yield name, module
+
+
+def kind(module: Any) -> str:
+    """The class of a linear layer; torchao keeps the layer's class and replaces its weight's, which is then named."""
+    weight = getattr(module, "weight", None)
+    name = type(module).__name__
+    if name == "Linear" and type(weight).__module__.startswith("torchao."):
+        return f"Linear[{type(weight).__name__}]"
+    return name
+
+
+def library(module: Any) -> str:
+    """The package whose code multiplies with this layer's weight."""
+    owners = (type(getattr(module, "weight", None)).__module__, type(module).__module__)
+    for owner in owners:
+        package = owner.split(".")[0]
+        if package in ("torchao", "bitsandbytes", "gptqmodel"):
+            return package
+    return "torch"
