@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_at_home.errors import Refusal
+from llm_at_home.quantization.gptq_checkpoint import library_output
 
 # Keys of the adapter group that are ours and not its class's.
 OWN_KEYS = ("name", "trains")
@@ -43,12 +44,25 @@ def prepare_for_training(model: Any, adapter: Mapping[str, Any], saved: str | Pa
     if adapter["trains"] == "nothing":
         return model
     from hydra.utils import instantiate
-    from peft import PeftModel, get_peft_model
+
+    with library_output():
+        from peft import PeftModel, get_peft_model
 
     if saved is not None:
-        return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
+        with library_output():
+            return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
     options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
-    return get_peft_model(model, instantiate(options)).train()
+    if options.get("target_modules") == "all-linear":
+        options["target_modules"] = _linear_names(model)
+    with library_output():
+        return get_peft_model(model, instantiate(options, _convert_="object")).train()
+
+
+def _linear_names(model: Any) -> list[str]:
+    """The last names of the linear layers: PEFT's own ``all-linear`` finds none of GPTQModel's."""
+    from llm_at_home.quantization.layers import linear_layers
+
+    return sorted({name.rpartition(".")[2] for name, _ in linear_layers(model)})
 
 
 def attach_saved(model: Any, path: str | Path) -> Any:
@@ -61,7 +75,8 @@ def attach_saved(model: Any, path: str | Path) -> Any:
 
     folder = adapter_folder(path)
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        with library_output():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError) as error:
         raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
 

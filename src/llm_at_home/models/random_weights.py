@@ -48,6 +48,8 @@ def build(config: Any, dtype: torch.dtype, device: str, quantized: Quantized | N
         if quantized is not None and isinstance(module, quantized.layers):
             shape = (module.out_features, module.in_features)
             quantized.fill(module, torch.empty(shape, dtype=dtype, device=device).normal_(0, spread))
+            if getattr(module, "bias", None) is not None and module.bias.is_meta:
+                module.bias = torch.nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device))
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:  # tied weights stay tied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from llm_at_home.models.embedded import CONVERSION, WEIGHTS, gguf_path
 from llm_at_home.paths import cache_dir
 
 EMBEDDED = "embedded"
+EMBEDDED_WIDTHS = frozenset({576, 1536})
+# Architectures whose linear layers read the residual stream, the attention's output or the MLP's inner channels.
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi3", "olmo2", "granite")
 
 
 def check(model: Mapping[str, Any]) -> None:
@@ -32,7 +36,10 @@ def check(model: Mapping[str, Any]) -> None:
         gguf_path()
         return
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if is_gguf(source):
+        if not folder.is_file():
+            raise Refusal(f"there is no file {source}: mend quant.path or model.source")
+    elif folder.is_dir():
         _check_folder(folder, weights, model["use_safetensors"])
     elif source.startswith(("/", "./", "../", "~")):
         raise Refusal(f"model.source={source} is not a folder: give one in transformers' format, or a hub id")
@@ -40,6 +47,11 @@ def check(model: Mapping[str, Any]) -> None:
         raise Refusal(
             f"{source} is not in the local hub cache and HF_HUB_OFFLINE is set: unset it, or give model.source=FOLDER"
         )
+
+
+def is_gguf(source: str) -> bool:
+    """Whether a source is a file of llama.cpp's, which ``quant=gguf`` alone can read."""
+    return source.lower().endswith(".gguf")
 
 
 def _check_folder(folder: Path, weights: str, use_safetensors: bool) -> None:
@@ -55,6 +67,17 @@ def _check_folder(folder: Path, weights: str, use_safetensors: bool) -> None:
             raise Refusal(f"{folder} holds no weights (*.safetensors)")
 
 
+def quantized_as(model: Mapping[str, Any]) -> str | None:
+    """The method by which local weights are quantized already, or None; a hub's is only known once loaded."""
+    if is_gguf(model["source"]):
+        return "gguf"
+    path = Path(model["source"]).expanduser() / "config.json"
+    if model["weights"] == "random" or not path.is_file():
+        return None
+    quantized = json.loads(path.read_text()).get("quantization_config") or {}
+    return str(quantized.get("quant_method") or "quantized").lower() if quantized else None
+
+
 def hub_is_off() -> bool:
     """Whether the environment forbids the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
@@ -62,13 +85,57 @@ def hub_is_off() -> bool:
 
 def hub_commit(source: str, revision: str | None) -> str | None:
     """The commit of a hub model as the local hub cache holds it, or None."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME") or user_cache / "huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
+    cache = _hub_folder(source)
     reference = cache / "refs" / (revision or "main")
     if reference.is_file():
         return reference.read_text().strip()
     return revision if revision and (cache / "snapshots" / revision).is_dir() else None
+
+
+def _hub_folder(source: str) -> Path:
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME") or user_cache / "huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
+
+
+def widths(model: Mapping[str, Any]) -> frozenset[int]:
+    """How many inputs the decoder's linear layers have, as far as that can be told without loading; else empty."""
+    if model["weights"] == "random" and model["architecture"]:
+        shape = model["architecture"]
+    elif model["source"] == EMBEDDED:
+        return EMBEDDED_WIDTHS
+    else:
+        shape = _shape(model)
+    sizes = [shape.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
+    if shape.get("model_type") not in PLAIN_DECODERS or not all(sizes):
+        return frozenset()
+    stream, inner, heads = sizes
+    return frozenset({stream, inner, heads * (shape.get("head_dim") or stream // heads)})
+
+
+def check_group_size(model: Mapping[str, Any], size: int) -> None:
+    """Refuse a group size that leaves a remainder in one of the model's layers.
+
+    Raises:
+        Refusal: naming the layers' width.
+    """
+    known = widths(model)
+    for width in sorted(known):
+        if width % size:
+            raise Refusal(
+                f"quant.group_size={size} does not divide {model['name']}'s layers of {width} inputs: "
+                f"give a divisor of {math.gcd(*known)}"
+            )
+
+
+def _shape(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json, in its folder or in the hub's cache; empty where there is none yet."""
+    folder = Path(model["source"]).expanduser()
+    if not folder.is_dir():
+        commit = hub_commit(model["source"], model["revision"])
+        folder = _hub_folder(model["source"]) / "snapshots" / str(commit)
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +143,14 @@ def identity(model: Mapping[str, Any]) -> dict[str, Any]:
     source = model["source"]
     if model["weights"] == "random":
         shape = model["architecture"] or (
-            {"gguf": _remembered_hash(gguf_path())} if source == EMBEDDED else {"config": _config_text(source)}
+            {"gguf": remembered_hash(gguf_path())} if source == EMBEDDED else {"config": _config_text(source)}
         )
         return {"weights": "random", "architecture": shape}
     if source == EMBEDDED:
-        return {"weights": WEIGHTS, "conversion": CONVERSION, "sha256": _remembered_hash(gguf_path())}
+        return {"weights": WEIGHTS, "conversion": CONVERSION, "sha256": remembered_hash(gguf_path())}
     folder = Path(source).expanduser()
+    if is_gguf(source):
+        return {"file": folder.name, "sha256": remembered_hash(folder)}
     if folder.is_dir():
         return {"folder": str(folder.resolve()), "sha256": _folder_identity(folder)}
     return {"hub": source, "commit": hub_commit(source, model["revision"]) or "not downloaded yet"}
@@ -102,7 +171,7 @@ def _folder_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _remembered_hash(path: Path) -> str:
+def remembered_hash(path: Path) -> str:
     """SHA-256 of a large file, remembered beside its size and time so that it is read once."""
     from llm_at_home.records.hashing import file_hash
     from llm_at_home.records.store import write_json

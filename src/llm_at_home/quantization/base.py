@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from llm_at_home.errors import Refusal
+from llm_at_home.models import source
+from llm_at_home.models.loading import load_config
 from llm_at_home.quantization.layers import kind, library, linear_layers
 
-METHODS = ("dense", "bitsandbytes", "rtn")
+METHODS = ("dense", "bitsandbytes", "rtn", "torchao", "gptqmodel", "gguf")
 
 
 def method_of(quant: Mapping[str, Any]) -> Any:
@@ -25,7 +28,25 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         Refusal: with one line that says what to change.
     """
+    refuse_quantized(config["quant"], source.quantized_as(config["model"]))
     method_of(config["quant"]).check(config)
+
+
+def refuse_quantized(quant: Mapping[str, Any], stored: str | None) -> None:
+    """Refuse a source that is quantized already, unless it is read as what it is.
+
+    Args:
+        quant: the ``quant`` group.
+        stored: the method that the source's own configuration names, or None.
+
+    Raises:
+        Refusal: naming the choice that reads it.
+    """
+    if stored is None or quant["method"] == "gptqmodel" or quant["method"] == stored == "gguf":
+        return
+    choice = {"gptq": "gptq", "awq": "awq", "exl3": "exl", "gguf": "gguf"}.get(stored)
+    hint = f"read it with quant={choice}" if choice else "give the unquantized model"
+    raise Refusal(f"model.source is quantized already ({stored}), so quant={quant['name']} would be untrue: {hint}")
 
 
 def load_base(config: Mapping[str, Any]) -> Any:
@@ -34,8 +55,12 @@ def load_base(config: Mapping[str, Any]) -> Any:
     Raises:
         RuntimeError: when a quantization was asked for and plain linear layers are left in the decoder.
     """
-    model = method_of(config["quant"]).load(config)
-    if config["quant"]["method"] != "dense":
+    if config["model"]["weights"] != "random":
+        stored = getattr(load_config(config["model"]), "quantization_config", None)
+        refuse_quantized(config["quant"], stored and str(stored.get("quant_method")))
+    method = method_of(config["quant"])
+    model = method.load(config)
+    if config["quant"]["method"] != "dense" and not getattr(method, "DENSE_COPY", False):
         plain = [name for name, module in linear_layers(model) if kind(module) == "Linear"]
         if plain:
             raise RuntimeError(f"{len(plain)} layers were left unquantized, {plain[0]} the first")
@@ -46,6 +71,11 @@ def describe_kernel(model: Any) -> dict[str, Any]:
     """The classes of the linear layers that were instantiated, with counts, and the backend that runs them."""
     import torch
 
+    file = getattr(model, "llm_at_home_gguf", None)
+    if file is not None:
+        from llm_at_home.quantization.gguf_file import kernel
+
+        return kernel(file, {"backend": f"dequantized, torch {next(model.parameters()).device.type}"})
     layers = [module for _, module in linear_layers(model)]
     counts = Counter(kind(layer) for layer in layers)
     main = counts.most_common(1)[0][0] if counts else "none"

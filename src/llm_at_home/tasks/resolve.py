@@ -53,15 +53,32 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         config = {key: value for key, value in config.items() if key not in UNUSED[config["task"]]}
     config["gpu"] = resolve_device(config["gpu"])
     if "dtype" in config:
-        config["dtype"] = resolve_dtype(config["dtype"], config["gpu"])
+        config["dtype"] = _dtype(config)
     if "model" in config:
         _name_model(config["model"], overrides)
+        _name_file(config, overrides)
     if "questions" in config and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
         config["trainer"]["precision"] = PRECISION[config["dtype"]]
     return config
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """What ``dtype=`` means here: ``auto`` is the device's own, or the first that the quantization's kernels take."""
+    dtype = resolve_dtype(config["dtype"], config["gpu"])
+    taken = config.get("quant", {}).get("dtypes")
+    if config["dtype"] != "auto" or not taken or dtype in taken:
+        return dtype
+    return next((one for one in taken if _is_possible(one, config["gpu"])), dtype)
+
+
+def _is_possible(dtype: str, gpu: Mapping[str, Any]) -> bool:
+    try:
+        return resolve_dtype(dtype, gpu) == dtype
+    except Refusal:
+        return False
 
 
 def _name_model(model: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -74,6 +91,22 @@ def _name_model(model: dict[str, Any], overrides: Sequence[str]) -> None:
             model["architecture"] = None
     if model["name"] is None:
         model["name"] = Path(model["source"]).name
+
+
+def _name_file(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """A ``.gguf`` file is the model itself, unless it is to be compared with the model that it was made of."""
+    model, quant = config["model"], config["quant"]
+    if quant["method"] != "gguf":
+        return
+    if source.is_gguf(model["source"]):
+        quant["path"] = quant["path"] or model["source"]
+    if quant["path"]:
+        quant["type"] = None
+        if config.get("task") != "fidelity":
+            named = [override.lstrip("+").split("=")[0] for override in overrides]
+            model |= {"source": quant["path"], "architecture": None, "revision": None}
+            if "model" not in named and "model.name" not in named:
+                model["name"] = Path(quant["path"]).stem
 
 
 def check(task: str, config: Mapping[str, Any]) -> None:
@@ -89,7 +122,8 @@ def check(task: str, config: Mapping[str, Any]) -> None:
     if "model" in config:
         source.check(config["model"])
         base.check(config)
-    {"train": _check_train, "infer": _check_infer, "evaluate": _check_evaluate}[task](config)
+    checks = {"train": _check_train, "infer": _check_infer, "evaluate": _check_evaluate, "quantize": _check_quantize}
+    checks[task](config)
 
 
 def _check_train(config: Mapping[str, Any]) -> None:
@@ -115,13 +149,27 @@ def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: st
 
 
 def _check_infer(config: Mapping[str, Any]) -> None:
+    if config["engine"]["name"] == "llamacpp" and config["quant"]["method"] != "gguf":
+        hint = "use quant=gguf (quant.type=F16 or F32 is unquantized), or engine=eager"
+        raise Refusal(f"engine=llamacpp runs .gguf files, and quant={config['quant']['name']} is none: {hint}")
     if config["mode"] not in ("bench", "chat"):
         raise Refusal(f"mode={config['mode']} is unknown: choose bench or chat")
     if config["repeats"] < 1:
         raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
+    if config["engine"].get("batch_size", 1) < 1:
+        raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
     if config["mode"] == "chat" and config["model"]["weights"] == "random":
         raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
     _check_synthetic(config, "questions")
+
+
+def _check_quantize(config: Mapping[str, Any]) -> None:
+    if not hasattr(base.method_of(config["quant"]), "ensure"):
+        raise Refusal(f"quant={config['quant']['name']} is quantized while it loads: there is nothing to make")
+    if config["model"]["weights"] == "random":
+        raise Refusal("random weights are quantized while they load: use model.weights=pretrained")
+    if source.quantized_as(config["model"]):
+        raise Refusal("model.source is quantized already: there is nothing to make")
 
 
 def _check_synthetic(config: Mapping[str, Any], group: str) -> None:
@@ -158,6 +206,8 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"task": task, "packages": hashing.package_versions(), "gpu": config["gpu"]["card"]}
     if "model" in config:
         found["model"] = source.identity(config["model"])
+    if config.get("quant", {}).get("path"):
+        found["quant"] = source.identity({**config["model"], "source": config["quant"]["path"]})
     data = config.get("data")
     if data and data["source"] != SYNTHETIC:
         found["data"] = data_hash(data["source"], path=data["path"], test_path=data["test_path"])

@@ -1,0 +1,210 @@
+"""Makes GPTQModel's checkpoints from calibration text, once, and reads them and published ones with a named kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Refusal
+from llm_at_home.models import source
+from llm_at_home.models.loading import load_tokenizer, load_weights, location
+from llm_at_home.quantization import calibration
+from llm_at_home.records.cached import cached, is_made
+from llm_at_home.records.hashing import package_versions
+
+KIND = "quantized"
+MADE = "making.json"
+# What decides the codes; the kernel that multiplies with them does not.
+SETTINGS = ("algorithm", "bits", "target_bits", "group_size", "desc_act", "sym", "calibration")
+# The kernels that can write codes, on any device; the automatic choice wants a GPU for AWQ.
+PACKING = {"gptq": "gptq_torch", "awq": "awq_torch", "exl3": "exl3_exllama_v3"}
+VERSIONS = ("torch", "transformers", "gptqmodel")
+
+log = logging.getLogger("gptqmodel")
+
+
+def checkpoint_key(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the codes depend on: the source's identity, the method, the calibration text and the versions."""
+    quant = config["quant"]
+    texts = calibration.calibration_texts(quant["calibration"], config["seed"])
+    return {
+        "source": source.identity(config["model"]),
+        "settings": {key: quant[key] for key in SETTINGS if key in quant},
+        "calibration": calibration.calibration_hash(texts),
+        "device": config["gpu"]["device"],
+        "packages": package_versions(VERSIONS),
+    }
+
+
+def ensure(config: Mapping[str, Any]) -> Path:
+    """The folder of the checkpoint, made now if it is not in the cache."""
+    key = checkpoint_key(config)
+    if not is_made(KIND, key):
+        print(f"making {config['quant']['name']} of {config['model']['name']}, once", file=sys.stderr)
+    return cached(KIND, key, lambda folder: _make(config, folder))
+
+
+def _make(config: Mapping[str, Any], folder: Path) -> None:
+    """Quantize the source and write the checkpoint, its tokenizer, and what the making cost."""
+    import torch
+
+    start = time.perf_counter()
+    quant, device = config["quant"], config["gpu"]["device"]
+    tokenizer = load_tokenizer(config["model"])
+    texts = calibration.calibration_texts(quant["calibration"], config["seed"])
+    rows = [tokenizer(text)["input_ids"][: quant["calibration"]["max_length"]] for text in texts]
+    # Float32 costs a GPU more memory than it has to spare, and AWQ's codes are written from 16-bit weights only.
+    dtype = torch.float32 if device == "cpu" and quant["algorithm"] != "awq" else torch.bfloat16
+    with library_output():
+        from gptqmodel import BACKEND, GPTQModel
+        from gptqmodel.looper import loop_processor
+
+        # Its logs would go to ./logs, wherever that is.
+        loop_processor._PROJECT_LOG_DIR = folder / "logs"
+        settings = _settings(config, rows)
+        maker = GPTQModel.load(location(config["model"]), settings, dtype=dtype, device=device)
+        maker.layer_callback = _Progress(maker.model.config.num_hidden_layers)
+        examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+        maker.quantize(examples, batch_size=1, backend=BACKEND(PACKING[quant["algorithm"]]))
+        maker.save(str(folder))
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    tokenizer.save_pretrained(folder)
+    cost: dict[str, Any] = {"seconds": time.perf_counter() - start, "calibration_tokens": sum(map(len, rows))}
+    cost["resident_set_peak"] = resident_set_peak()
+    if device == "cuda":
+        cost["torch_allocated_peak"] = torch.cuda.max_memory_allocated() / 1e9
+    (folder / MADE).write_text(json.dumps(cost))
+
+
+def _settings(config: Mapping[str, Any], rows: list[list[int]]) -> Any:
+    """GPTQModel's own configuration of the method."""
+    from gptqmodel.quantization.config import FORMAT, METHOD, AWQConfig, EXL3Config, GPTQConfig
+
+    quant = config["quant"]
+    if quant["algorithm"] == "awq":
+        return AWQConfig(
+            bits=quant["bits"],
+            group_size=quant["group_size"],
+            sym=quant["sym"],
+            method=METHOD.AWQ,
+            format=FORMAT.GEMM,
+            offload_to_disk=False,
+        )
+    if quant["algorithm"] == "exl3":
+        return EXL3Config(bits=float(quant["bits"]), offload_to_disk=False)
+    options = {"group_size": quant["group_size"], "desc_act": quant["desc_act"], "sym": quant["sym"]}
+    if quant.get("target_bits") is None:
+        return GPTQConfig(bits=quant["bits"], offload_to_disk=False, **options)
+    from llm_at_home.quantization import mixed_bits
+
+    chosen = mixed_bits.choose_for(_dense(config), rows, quant["target_bits"], quant["group_size"], quant["sym"])
+    dynamic = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in chosen.items()}
+    return GPTQConfig(bits=4, dynamic=dynamic, offload_to_disk=False, **options)
+
+
+def _dense(config: Mapping[str, Any]) -> Any:
+    return load_weights(
+        config["model"], "float32" if config["gpu"]["device"] == "cpu" else "bfloat16", config["gpu"]["device"]
+    )
+
+
+def read(folder: str, config: Mapping[str, Any]) -> Any:
+    """A checkpoint in GPTQModel's, AutoGPTQ's or AutoAWQ's format, on its device, with the kernel chosen by name.
+
+    Raises:
+        Refusal: when no kernel can run it here.
+    """
+    import torch
+
+    from llm_at_home.quantization.gptqmodel import choose_kernel
+
+    with library_output():
+        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+        stored = QuantizeConfig.from_pretrained(folder)
+        overridden = [rule["bits"] for rule in (stored.dynamic or {}).values() if "bits" in rule]
+        bits = overridden or [int(stored.bits)]
+        kernel = choose_kernel(config, bits, bool(stored.sym), bool(stored.desc_act), stored.group_size)
+        try:
+            loaded = GPTQModel.load(
+                folder,
+                device=config["gpu"]["device"],
+                dtype=getattr(torch, config["dtype"]),
+                backend=BACKEND(kernel),
+                trust_remote_code=config["model"]["trust_remote_code"],
+            )
+        except NotImplementedError as error:
+            why = str(error).splitlines()[0]
+            raise Refusal(
+                f"kernel {kernel} cannot run this checkpoint ({why}): name another in quant.kernel"
+            ) from error
+        except ValueError as error:
+            raise Refusal(f"GPTQModel cannot read this checkpoint: {' '.join(str(error).split())[:300]}") from error
+    model = loaded.model.requires_grad_(False).eval()
+    model.llm_at_home_checkpoint = str(folder)
+    return model
+
+
+class _Progress:
+    """Says how far the making is: one line that is overwritten on a terminal, ten lines elsewhere."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.start = time.perf_counter()
+        self.stream = sys.stderr
+        self._shown = -1
+
+    def layer_complete(self, layer_idx: int, submodule_finalized: bool) -> None:
+        """Called by GPTQModel after each decoder layer, twice: its weights are final at the second call."""
+        done = layer_idx + 1
+        if not submodule_finalized or done <= self._shown:
+            return
+        on_terminal = self.stream.isatty()
+        if on_terminal or done == self.layers or done * 10 // self.layers > self._shown * 10 // self.layers:
+            seconds = time.perf_counter() - self.start
+            line = f"quantized layer {done} of {self.layers}, {seconds:.0f} s, {resident_set_peak():.1f} GB at most"
+            self.stream.write(f"\r{line}" if on_terminal and done < self.layers else f"{line}\n")
+            self.stream.flush()
+        self._shown = done
+
+
+class _ToLog(io.TextIOBase):
+    """A stream whose lines go to the log."""
+
+    def write(self, text: str) -> int:
+        """Log each line that is not empty."""
+        for line in text.replace("\r", "\n").splitlines():
+            if line.strip():
+                log.info(line.rstrip())
+        return len(text)
+
+
+@contextlib.contextmanager
+def library_output() -> Iterator[None]:
+    """Send to the log what GPTQModel prints to the terminal, its banner included."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))
+    with contextlib.redirect_stdout(_ToLog()):
+        import gptqmodel  # noqa: F401
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
+        yield
+
+
+def resident_set_peak() -> float:
+    """The largest resident set of this process so far, in GB of 10^9 bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
