@@ -24,7 +24,8 @@ def kind(module: Any) -> str:
     weight = getattr(module, "weight", None)
     name = type(module).__name__
     if name == "Linear" and type(weight).__module__.startswith("torchao."):
-        return f"Linear[{type(weight).__name__}]"
+        rounds_activations = getattr(weight, "act_quant_kwargs", None) is not None
+        return f"Linear[{type(weight).__name__}{', dynamic activations' if rounds_activations else ''}]"
     return name
 
 

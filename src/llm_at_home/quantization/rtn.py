@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
+from llm_at_home.models import source
 from llm_at_home.models.loading import load_weights
 
 BITS = (2, 3, 4, 8)
@@ -26,8 +27,10 @@ def check(config: Mapping[str, Any]) -> None:
     for key, known in (("bits", BITS), ("scheme", SCHEMES), ("granularity", GRANULARITIES)):
         if quant[key] not in known:
             raise Refusal(f"quant.{key}={quant[key]} is unknown: choose one of {', '.join(map(str, known))}")
-    if quant["granularity"] == "group" and (quant["group_size"] < 8 or quant["group_size"] % 8):
-        raise Refusal(f"quant.group_size={quant['group_size']} cannot be packed: give a multiple of 8")
+    if quant["granularity"] == "group":
+        if quant["group_size"] < 8 or quant["group_size"] % 8:
+            raise Refusal(f"quant.group_size={quant['group_size']} cannot be packed: give a multiple of 8")
+        source.check_group_size(config["model"], quant["group_size"])
     if config.get("adapter", {}).get("trains") == "all":
         raise Refusal(
             "quant=rtn adapter=full cannot train, since codes take no gradients: use adapter=lora or quant=none"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from llm_at_home.quantization.checkpoint_size import checkpoint_readings
 from llm_at_home.quantization.layers import linear_layers
 from llm_at_home.records.schema import Reading
 
@@ -18,6 +20,11 @@ def size_readings(model: Any) -> dict[str, Reading]:
     """
     import torch
 
+    file = getattr(model, "llm_at_home_gguf", None)
+    if file is not None:
+        from llm_at_home.quantization import gguf
+
+        return gguf.size_readings(file)
     linear = {id(module) for _, module in linear_layers(model)}
     seen: set[int] = set()
     weights = linear_weights = linear_bytes = total_bytes = 0
@@ -36,18 +43,32 @@ def size_readings(model: Any) -> dict[str, Reading]:
         "bits_per_weight": Reading(8 * linear_bytes / linear_weights, "bits", METHOD),
         "bits_per_weight_whole_model": Reading(8 * total_bytes / weights, "bits", METHOD),
         "model_size": Reading(total_bytes / 1e9, "GB", METHOD),
+        **checkpoint_readings(model),
     }
 
 
 def _tensors(module: Any) -> list[Any]:
-    """Every tensor that a module keeps itself, those of bitsandbytes' quantization states among them."""
+    """Every tensor that a module keeps itself: bitsandbytes' quantization states, what torchao's weights hold, and what
+    GPTQModel's kernels keep as plain attributes once they have repacked a weight."""
     import torch
 
-    found = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    for parameter in list(found):
+    kept = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False), *kept]
+    found = [inner for tensor in own for inner in _flat(tensor)]
+    for parameter in own:
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
         # The tensors themselves and not as_dict(), which copies some: tables shared between layers count once.
         tables = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code", "offset")]
         found += [table for table in (*tables, getattr(parameter, "SCB", None)) if isinstance(table, torch.Tensor)]
     return found
+
+
+def _flat(tensor: Any) -> Iterator[Any]:
+    """The tensors that have memory: a wrapper subclass such as torchao's has a shape, and keeps others inside."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _flat(getattr(tensor, name))

@@ -25,7 +25,7 @@ from llm_at_home.hardware import condition, emulation
 from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
-from llm_at_home.tasks import resolve
+from llm_at_home.tasks import logs, resolve
 from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB, REFUSAL
 
 log = logging.getLogger("llm_at_home")
@@ -40,7 +40,7 @@ def main(folder: Path) -> int:
     with (folder / "job.log").open("a", encoding="utf-8") as log_file:
         faulthandler.enable(log_file)
         signal.signal(signal.SIGTERM, _interrupt)  # Ctrl-C raises by itself
-        _set_up_logging(log_file)
+        logs.set_up(logging.StreamHandler(log_file))
         return _run(job, folder)
 
 
@@ -133,20 +133,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _set_up_logging(log_file: Any) -> None:
-    """Everything goes to job.log; only warnings of this package reach the terminal."""
-    to_file = logging.StreamHandler(log_file)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = logging.StreamHandler(sys.stderr)
-    to_terminal.setLevel(logging.WARNING)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_file])
-    log.addHandler(to_terminal)
-    logging.captureWarnings(True)
-    for name in ("httpx", "mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _die_with_parent(grace_s: float) -> None:
