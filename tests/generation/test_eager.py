@@ -87,6 +87,24 @@ def test_times_are_those_of_the_models_forward_passes(engine, prompts, monkeypat
     assert reply.intervals[1] == max(reply.intervals) or max(reply.intervals) > 0.15  # a busy machine may stall
 
 
+def test_a_batch_is_timed_by_its_decode_steps(engine, prompts, monkeypatch) -> None:
+    import time
+
+    forward = type(engine.model).forward
+    delays = iter([0.2, 0.05, 0.1])
+
+    def slow(self, *arguments, **options):
+        time.sleep(next(delays))
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(engine.model), "forward", slow)
+    replies = engine.reply_batch(prompts, Sampling(3))
+    assert [reply.time_to_first_token >= 0.2 for reply in replies] == [True] * 3
+    for reply in replies:
+        assert reply.intervals[0] >= 0.05
+        assert reply.intervals[1] >= 0.1
+
+
 def test_a_batch_padded_on_the_left_gives_the_single_replies(engine, prompts) -> None:
     single = [engine.reply(prompt, Sampling(TOKENS)) for prompt in prompts]
     together = engine.reply_batch(prompts, Sampling(TOKENS))
@@ -94,7 +112,9 @@ def test_a_batch_padded_on_the_left_gives_the_single_replies(engine, prompts) ->
     for one, other in zip(single, together, strict=True):
         assert (other.text, other.tokens, other.prompt_tokens) == (one.text, one.tokens, one.prompt_tokens)
         assert other.finish_reason == one.finish_reason
-        assert (other.time_to_first_token, other.intervals) == (None, [])
+        assert other.time_to_first_token == together[0].time_to_first_token > 0
+        assert other.intervals == together[0].intervals
+        assert len(other.intervals) == TOKENS - 1
 
 
 def test_an_answer_ends_with_its_first_end_token_alone_and_in_a_batch(engine, prompts) -> None:
@@ -108,6 +128,9 @@ def test_an_answer_ends_with_its_first_end_token_alone_and_in_a_batch(engine, pr
         expected = before[: before.index(end) + 1] if end in before else before
         assert one.tokens == other.tokens == expected
         assert one.finish_reason == other.finish_reason == ("stop" if end in before else "length")
+        assert len(other.intervals) == len(other.tokens) - 1
+    longest = max(together, key=lambda reply: len(reply.tokens))
+    assert all(reply.intervals == longest.intervals[: len(reply.intervals)] for reply in together)
     assert single[1].finish_reason == "stop"
     assert len(single[1].tokens) == first + 1
 

@@ -10,7 +10,7 @@ import torch
 
 from llm_at_home.generation.eager import EagerEngine
 from llm_at_home.generation.reply import Sampling
-from llm_at_home.tasks.infer import _speed
+from llm_at_home.generation.speed import speed_readings
 from llm_at_home.training.callbacks.throughput import Throughput
 
 STEP = 0.02
@@ -74,7 +74,7 @@ def test_the_decode_rate_of_a_known_step_is_right_within_one_percent(metronome) 
     known = (TOKENS - 1) / (ends[-1] - ends[0])
     assert sum(reply.intervals) > 1.0
     assert known <= 1.001 / STEP
-    figures = _speed([[reply]])
+    figures = speed_readings([[[reply]]])
     assert figures["decode_tokens_per_second"].value == pytest.approx(known, rel=0.01)
     assert figures["inter_token_latency_median"].value >= 0.9 * STEP
     assert figures["time_to_first_token"].value >= STEP

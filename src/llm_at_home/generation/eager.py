@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.quantization.base import describe_kernel
 
 
 class EagerEngine:
@@ -20,17 +21,34 @@ class EagerEngine:
         tokenizer: its tokenizer, or None for a model that is fed token ids only.
         max_new_tokens: the longest answer, in tokens.
         temperature: for every question, or None for the published one of its category.
-        batch_size: conversations answered at once by :meth:`reply_batch`.
+        batch_size: conversations answered at once in a measured run.
+        warmup_tokens: decoded before anything is measured.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float | None = None, batch_size: int = 1
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        batch_size: int = 1,
+        warmup_tokens: int = 16,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size
+        self.warmup_tokens = warmup_tokens
+
+    def describe(self) -> dict[str, Any]:
+        """Which linear layers run, by class and backend, for the record."""
+        return describe_kernel(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self.model.config.vocab_size
 
     def reply(
         self,
@@ -49,37 +67,39 @@ class EagerEngine:
         """
         clock = _TokenClock(self.tokenizer if on_text else None, on_text)
         stopping = [_StopWhen(should_stop)] if should_stop else []
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        start = time.perf_counter()
-        output = self._generate(ids, torch.ones_like(ids), sampling, streamer=clock, stopping_criteria=stopping)
-        clock.end()
-        tokens = output[0, ids.shape[1] :].tolist()
-        stopped = bool(should_stop and should_stop())
-        times = clock.times
-        return Reply(
-            text=self._decode(tokens),
-            tokens=tokens,
-            prompt_tokens=len(prompt),
-            finish_reason="stopped" if stopped else self._finish_reason(tokens),
-            time_to_first_token=times[0] - start if times else None,
-            intervals=[b - a for a, b in itertools.pairwise(times)],
-        )
+        (reply,) = self._answer([prompt], sampling, clock, stopping_criteria=stopping)
+        if should_stop and should_stop():
+            reply.finish_reason = "stopped"
+        return reply
 
     def reply_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
-        """Answer several prompts at once, padded on the left; single times are not known then.
+        """Answer several prompts at once, padded on the left; each answer is cut at its first end-of-sequence token.
 
-        Each answer is cut at its first end-of-sequence token.
+        The seed is the batch's: a sampled answer depends on what it shares its batch with. A greedy one does not, but
+        for rounding: matrices of another size are summed in another order, which in 16 bits can turn a near tie.
         """
+        return self._answer(prompts, sampling, _TokenClock(None, None))
+
+    def _answer(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, clock: _TokenClock, **options: Any
+    ) -> list[Reply]:
         length = max(len(prompt) for prompt in prompts)
         pad = self._pad_id()
         ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        output = self._generate(ids, mask, sampling)[:, length:].tolist()
+        start = time.perf_counter()
+        output = self._generate(ids, mask, sampling, streamer=clock, **options)[:, length:].tolist()
+        clock.end()
+        first = clock.times[0] - start if clock.times else None
+        steps = [b - a for a, b in itertools.pairwise(clock.times)]
+        ends = self._eos_ids()
         replies = []
         for prompt, row in zip(prompts, output, strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in self._eos_ids()), len(row))
-            tokens = row[:end]
-            replies.append(Reply(self._decode(tokens), tokens, len(prompt), self._finish_reason(tokens)))
+            tokens = row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+            intervals = steps[: max(0, len(tokens) - 1)]
+            replies.append(
+                Reply(self._decode(tokens), tokens, len(prompt), self._finish_reason(tokens), first, intervals)
+            )
         return replies
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, **options: Any) -> torch.Tensor:
@@ -116,7 +136,7 @@ class EagerEngine:
 
 
 class _TokenClock:
-    """Stands where transformers expects a streamer: notes when each token reaches the host, and passes text on."""
+    """Stands where transformers expects a streamer: notes when tokens reach the host, and passes text on."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         self.times: list[float] = []
@@ -134,7 +154,7 @@ class _TokenClock:
             self._text = _Text(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by ``generate`` with the prompt first and then with each token, already on the host."""
+        """Called by ``generate`` with the prompts first and then with each step's tokens, already on the host."""
         if self._prompt_seen:
             self.times.append(time.perf_counter())
         self._prompt_seen = True

@@ -38,7 +38,8 @@ class Reply:
     """One answer and its times.
 
     ``time_to_first_token`` in seconds from the call to the first token on the host; ``intervals`` the seconds between
-    each token and the next. Both are empty (None, []) where several answers were made in one batch.
+    each token and the next. Answers made in one batch wait for each other: they share the time to the first token, and
+    each has the intervals of the batch's decode steps up to its own last token.
     """
 
     text: str

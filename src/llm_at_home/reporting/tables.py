@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.reporting import facts
+from llm_at_home.reporting import facts, published
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Entry, Row, Table, number, text, unknown
 from llm_at_home.reporting.load import Loaded, Run
 
@@ -48,6 +48,7 @@ INFERENCE = (
     Column("dtype", "Dtype", kind="text"),
     _DEVICE,
     Column("kernel", "Kernel", kind="text"),
+    Column("batch_size", "Batch", decimals=0),
     *_MEMORY,
     Column("time_to_first_token", "first token", "Speed", unit="s", decimals=3, better="lower"),
     Column("prefill_tokens_per_second", "prefill", "Speed", unit="tokens/s", decimals=1, better="higher"),
@@ -60,8 +61,11 @@ INFERENCE = (
         better="higher",
         terminal="Tok/s",
     ),
+    Column("output_tokens_per_second", "with prompts", "Speed", unit="tokens/s", decimals=1, better="higher"),
+    Column("time_scaled_40k", "scaled to 40,000 tokens", "Speed", unit="h", better="lower"),
     *_ENERGY,
     Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token"),
+    Column("energy_scaled_40k", "scaled to 40,000 tokens", "Energy", unit="Wh", decimals=1, better="lower"),
     Column("judge_score", "judge score", "Quality", "many", better="higher", terminal="Score"),
     Column("win_rate", "win rate", "Quality", "many", unit="%", decimals=1, better="higher"),
 )
@@ -184,6 +188,13 @@ class _Book:
         cells["dtype"] = text(facts.name_at(record.config, "dtype"))
         kernel = facts.kernel(record)
         cells["kernel"] = text(kernel) if kernel else Cell((unknown("the record names no kernel"),))
+        cells["batch_size"] = Cell((_batch_size(run),))
+        for key, scaled in (
+            ("energy_scaled_40k", published.scaled_energy(record)),
+            ("time_scaled_40k", published.scaled_time(record)),
+        ):
+            entry = _column(INFERENCE, key).entry(scaled, run.path, missing=_unmeasured(record))
+            cells[key] = Cell((entry,))
         for column in INFERENCE:
             if column.key not in cells and column.kind == "number":
                 cells[column.key] = Cell((_measured(column, run),))
@@ -331,6 +342,13 @@ def _measured(column: Column, run: Run) -> Entry:
         )
     reading = (record.quality | record.readings).get(column.key)
     return column.entry(reading, run.path, missing=_unmeasured(record))
+
+
+def _batch_size(run: Run) -> Entry:
+    size = facts.at(run.record.config, "engine", "batch_size")
+    if isinstance(size, int) and not isinstance(size, bool):
+        return Entry(number(size, 0), float(size), source=run.path)
+    return unknown("the engine has no batches of its own")
 
 
 def _scored(column: Column, run: Run | None, missing: str, label: str) -> Entry:

@@ -1,0 +1,56 @@
+"""Speed figures of replies that were made one by one or in batches."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from llm_at_home.generation.reply import Reply
+from llm_at_home.metering.timing import mean_interval95, percentile
+from llm_at_home.records.schema import Reading
+
+
+def speed_readings(passes: Sequence[Sequence[Sequence[Reply]]]) -> dict[str, Reading]:
+    """The mean over passes of each figure, with an interval where there are several passes.
+
+    The clock stands where tokens reach the host, which has waited for the device by then. In a batch, tokens a second
+    are those of all its answers together, without padding and without what was decoded after an answer's end; the time
+    to the first token and the inter-token latency are those that each answer's reader sees. The method names the batch.
+
+    Args:
+        passes: over the same questions; each a list of batches, a batch a list of replies.
+    """
+    largest = max(len(batch) for one in passes for batch in one)
+    method = "token_on_host_clock" if largest == 1 else f"token_on_host_clock_batch_{largest}"
+
+    def figure(values: list[float], unit: str) -> Reading:
+        return Reading(statistics.fmean(values), unit, method, interval95=mean_interval95(values), n=len(values))
+
+    timed = [[batch for batch in one if batch[0].time_to_first_token is not None] for one in passes]
+    intervals = [[seconds for batch in one for reply in batch for seconds in reply.intervals] for one in timed]
+    if not all(intervals):
+        return {"decode_tokens_per_second": Reading.unknown("tokens/s", "no answer had two tokens")}
+    firsts = [[reply.time_to_first_token or 0.0 for batch in one for reply in batch] for one in timed]
+    decode = [_decode_rate(one) for one in timed]
+    figures = {
+        "time_to_first_token": figure([statistics.fmean(one) for one in firsts], "s"),
+        "prefill_tokens_per_second": figure([_prefill_rate(one) for one in timed], "tokens/s"),
+        "decode_tokens_per_second": figure(decode, "tokens/s"),
+    }
+    if len(decode) > 1:
+        for name, value in (("median", statistics.median(decode)), ("min", min(decode)), ("max", max(decode))):
+            figures[f"decode_tokens_per_second_{name}"] = Reading(value, "tokens/s", method, n=len(decode))
+    for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        figures[f"inter_token_latency_{name}"] = figure([percentile(one, share) for one in intervals], "s")
+    return figures
+
+
+def _prefill_rate(batches: Sequence[Sequence[Reply]]) -> float:
+    seconds = sum(batch[0].time_to_first_token or 0.0 for batch in batches)
+    return sum(reply.prompt_tokens for batch in batches for reply in batch) / seconds
+
+
+def _decode_rate(batches: Sequence[Sequence[Reply]]) -> float:
+    # A batch decodes as long as its longest answer.
+    seconds = sum(max(sum(reply.intervals) for reply in batch) for batch in batches)
+    return sum(len(reply.intervals) for batch in batches for reply in batch) / seconds

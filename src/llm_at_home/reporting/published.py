@@ -1,0 +1,52 @@
+"""The paper's figures, and what a run's come to at the paper's number of tokens."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.reporting import facts
+
+
+@functools.cache
+def table1() -> dict[str, Any]:
+    """The paper's Table I: ``device``, ``workload``, ``generated_tokens`` and ``rows``."""
+    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)["table_1"]
+    return found
+
+
+def counterpart(record: Record) -> dict[str, Any] | None:
+    """The row of Table I with this quantization (and, of dense weights, this dtype), or None."""
+    dtype = facts.name_at(record.config, "dtype")
+    alike = (row for row in table1()["rows"] if row["quant"] == facts.quant(record))
+    return next((row for row in alike if row["dtype"] in (None, dtype)), None)
+
+
+def scaled_energy(record: Record) -> Reading | None:
+    """Wh of as many tokens as the paper's, at this run's J/token; None where the record has no such figure."""
+    return _scaled(record, record.readings.get("energy_per_token"), "Wh")
+
+
+def scaled_time(record: Record) -> Reading | None:
+    """Hours for as many tokens as the paper's, prompts included, at this run's rate; None where it has none."""
+    rate = record.readings.get("output_tokens_per_second")
+    if rate is not None and rate.value:
+        rate = Reading(1 / rate.value, "s/token", rate.method)
+    return _scaled(record, rate, "h")
+
+
+def _scaled(record: Record, share: Reading | None, unit: str) -> Reading | None:
+    """J or s a token to Wh or h."""
+    if share is None:
+        return None
+    if share.value is None:
+        return Reading.unknown(unit, share.reason or "", share.method)
+    tokens, made = table1()["generated_tokens"], facts.at(record.counts, "generated_tokens")
+    sample = f"{made:,}" if isinstance(made, int) else "an unknown number of"
+    method = f"{share.method}, scaled from a sample of {sample} tokens to {tokens:,}"
+    return Reading(share.value * tokens / 3600, unit, method)
