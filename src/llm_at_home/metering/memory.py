@@ -1,5 +1,8 @@
 """Peak memory under its several names: torch allocated, torch reserved, process, device, and resident set.
 
+A server that this process started and that holds the model for it (llama.cpp's) counts: ``resident_set_peak`` is then
+the sum of both high-water marks, its method says so, and ``server_resident_set_peak`` is the server's share.
+
 GB are 10^9 bytes everywhere. Each peak is given twice: since the model began to load, and (prefix ``measured_``) for
 the measured phase alone. torch and the kernel keep their own high-water marks; what only the driver knows (process and
 device) is sampled by a process of its own (:mod:`llm_at_home.metering.sampler`).
@@ -14,11 +17,25 @@ from typing import Any
 from llm_at_home.metering import session
 from llm_at_home.records.schema import Reading
 
+VMSTAT = Path("/proc/vmstat")
 CPU_ONLY = "the run used the CPU only"
 TORCH_PEAKS = ("torch_allocated_peak", "torch_reserved_peak")
 DRIVER_FIGURES = ("process_memory_peak", "device_memory_peak")
 
 _names = itertools.count()
+# Processes that hold the model for this one, and the peak of each that was ended, in KiB.
+_servers: dict[int, int | None] = {}
+
+
+def count_process(pid: int) -> None:
+    """A process that this one started holds the model for it: its resident set counts from now on."""
+    _servers[pid] = None
+
+
+def process_ends(pid: int) -> None:
+    """That process is about to be ended: its peak until now still counts for the meters that there are."""
+    if pid in _servers:
+        _servers[pid] = _status_kilobytes("VmHWM", pid)
 
 
 class MemoryMeter:
@@ -32,6 +49,8 @@ class MemoryMeter:
     """
 
     def __init__(self, device: str, gpus: int = 1) -> None:
+        for pid in [pid for pid, peak in _servers.items() if peak is not None]:
+            del _servers[pid]  # ended before there was this meter
         self.device = device
         self._gpus = range(gpus)
         self._before: dict[str, float] = {}
@@ -65,13 +84,20 @@ class MemoryMeter:
         figures: dict[str, Reading] = {}
         for name, value in now.items():
             method = "torch_peak" if name in TORCH_PEAKS else "kernel_high_water_mark"
+            if name == "resident_set_peak" and _servers:
+                method = f"sum_of_{len(_servers) + 1}_kernel_high_water_marks"
             if name == "resident_set_peak" and not self._can_reset:
                 method += "_since_process_start"
             figures[name] = Reading(max(value, self._before.get(name, 0.0)), "GB", method)
             if self._before and (self._measuring or name in TORCH_PEAKS):
                 figures[f"measured_{name}"] = Reading(value, "GB", method)
         if "resident_set_peak" not in figures:
-            figures["resident_set_peak"] = Reading.unknown("GB", "the kernel gives no /proc/self/status here")
+            why = (
+                "the server ended before its memory was read"
+                if _servers
+                else "the kernel gives no /proc/self/status here"
+            )
+            figures["resident_set_peak"] = Reading.unknown("GB", why)
         if self._driver is not None:
             return figures | self._driver.readings()
         return figures | {name: Reading.unknown("GB", CPU_ONLY) for name in TORCH_PEAKS + DRIVER_FIGURES}
@@ -79,8 +105,12 @@ class MemoryMeter:
     def _peaks(self) -> dict[str, float]:
         peaks: dict[str, float] = {}
         resident = _status_kilobytes("VmHWM")
-        if resident is not None:
-            peaks["resident_set_peak"] = resident * 1024 / 1e9
+        servers = [peak or _status_kilobytes("VmHWM", pid) for pid, peak in _servers.items()]
+        known = [kilobytes for kilobytes in servers if kilobytes is not None]
+        if resident is not None and len(known) == len(servers):
+            peaks["resident_set_peak"] = (resident + sum(known)) * 1024 / 1e9
+            if known:
+                peaks["server_resident_set_peak"] = sum(known) * 1024 / 1e9
         if self.device == "cuda":
             import torch
 
@@ -154,17 +184,30 @@ class _DriverPeaks:
         return Reading(peak[key] / 1e9, "GB", method, n=peak["samples"])
 
 
+def oom_kills() -> int:
+    """How often the kernel's out-of-memory killer has acted since the machine started; 0 where it does not tell."""
+    try:
+        for line in VMSTAT.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
 def _reset_resident_peak() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        for pid in ("self", *(pid for pid, peak in _servers.items() if peak is None)):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
     except OSError:
         return False
     return True
 
 
-def _status_kilobytes(field: str) -> int | None:
+def _status_kilobytes(field: str, pid: int | str = "self") -> int | None:
+    """A memory figure of a process; None where the kernel does not tell, or of one that has ended."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
     for line in lines:

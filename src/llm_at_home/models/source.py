@@ -68,13 +68,12 @@ def _check_folder(folder: Path, weights: str, use_safetensors: bool) -> None:
 
 
 def quantized_as(model: Mapping[str, Any]) -> str | None:
-    """The method by which local weights are quantized already, or None; a hub's is only known once loaded."""
+    """The method by which the weights are quantized already, or None, also where the hub's are not downloaded yet."""
     if is_gguf(model["source"]):
         return "gguf"
-    path = Path(model["source"]).expanduser() / "config.json"
-    if model["weights"] == "random" or not path.is_file():
+    if model["weights"] == "random" or model["source"] == EMBEDDED:
         return None
-    quantized = json.loads(path.read_text()).get("quantization_config") or {}
+    quantized = _shape(model).get("quantization_config") or {}
     return str(quantized.get("quant_method") or "quantized").lower() if quantized else None
 
 

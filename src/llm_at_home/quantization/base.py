@@ -49,6 +49,12 @@ def refuse_quantized(quant: Mapping[str, Any], stored: str | None) -> None:
     raise Refusal(f"model.source is quantized already ({stored}), so quant={quant['name']} would be untrue: {hint}")
 
 
+def needs_making(config: Mapping[str, Any]) -> bool:
+    """Whether a job of this resolved configuration needs a quantized checkpoint that is not in the cache yet."""
+    needs = getattr(method_of(config["quant"]), "needs_making", None) if "quant" in config else None
+    return bool(needs and needs(config))
+
+
 def load_base(config: Mapping[str, Any]) -> Any:
     """The base model of a resolved configuration, quantized as it says, in evaluation mode on its device.
 

@@ -46,6 +46,11 @@ def checkpoint_key(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_there(config: Mapping[str, Any]) -> bool:
+    """Whether the cache has the checkpoint."""
+    return is_made(KIND, checkpoint_key(config))
+
+
 def ensure(config: Mapping[str, Any]) -> Path:
     """The folder of the checkpoint, made now if it is not in the cache."""
     key = checkpoint_key(config)

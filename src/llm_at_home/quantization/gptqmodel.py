@@ -7,7 +7,6 @@ the checkpoints of both load. Frantar et al. 2022 (GPTQ), Lin et al. 2023 (AWQ).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llm_at_home.errors import Refusal
@@ -107,25 +106,36 @@ def load(config: Mapping[str, Any]) -> Any:
     Raises:
         Refusal: when the checkpoint that ``model=`` names was quantized otherwise than the configuration says.
     """
-    from llm_at_home.models.loading import load_config, location
     from llm_at_home.quantization import gptq_checkpoint, gptq_random
 
     if config["model"]["weights"] == "random":
         return gptq_random.build(config)
-    published = getattr(load_config(config["model"]), "quantization_config", None)
-    if published is None:
-        folder = str(ensure(config))
-    else:
-        check_published(config["quant"], published)
-        folder = location(config["model"])
-    return gptq_checkpoint.read(folder, config)
+    return gptq_checkpoint.read(ensure(config), config)
 
 
-def ensure(config: Mapping[str, Any]) -> Path:
-    """The folder of the checkpoint, made now if the cache lacks it."""
+def ensure(config: Mapping[str, Any]) -> str:
+    """The folder of the checkpoint: the source itself where it is one, else made now if the cache lacks it.
+
+    Raises:
+        Refusal: when the source is quantized otherwise than the configuration says.
+    """
+    from llm_at_home.models.loading import load_config, location
     from llm_at_home.quantization import gptq_checkpoint
 
-    return gptq_checkpoint.ensure(config)
+    published = getattr(load_config(config["model"]), "quantization_config", None)
+    if published is None:
+        return str(gptq_checkpoint.ensure(config))
+    check_published(config["quant"], published)
+    return location(config["model"])
+
+
+def needs_making(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint must be made first: it is not in the cache, and the source is none."""
+    from llm_at_home.quantization import gptq_checkpoint
+
+    if config["model"]["weights"] == "random" or source.quantized_as(config["model"]):
+        return False
+    return not gptq_checkpoint.is_there(config)
 
 
 def check_published(quant: Mapping[str, Any], published: Mapping[str, Any]) -> None:

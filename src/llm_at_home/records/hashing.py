@@ -17,8 +17,8 @@ NOT_HASHED = (
     *("paths", "logger", "rerun", "timeout_s", "grace_s", "strict", "resume", "metric"),
     *("adapter_path", "answers", "baseline"),
 )
-PATHS = {"data": ("path", "test_path"), "questions": ("path",), "judge": ("gguf",)}
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "torchao", "lightning", "xllamacpp")
+PATHS = {"data": ("path", "test_path"), "questions": ("path",), "judge": ("gguf",), "quant": ("path",)}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "torchao", "lightning", "xllamacpp", "gguf")
 
 
 def config_hash(config: Mapping[str, Any], ingredients: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def subject(record: Record, folder: str | Path) -> dict[str, Any]:
 
 
 def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
-    """Exact match, F1 and refusals on the test split, and perplexity on general questions."""
+    """Text metrics on the test split, and perplexity of its references and of general questions' ones."""
     from llm_at_home.data.questions import load_questions
     from llm_at_home.data.sources import load_split
     from llm_at_home.evaluation.perplexity import conversation_perplexity
@@ -96,32 +96,58 @@ def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     refusals = {reference for kind, reference in zip(kinds, references, strict=True) if kind == "refusal"}
     refusal = refusals.pop() if len(refusals) == 1 else None
     record.quality |= text_quality(kinds, predictions, references, refusal)
-    general = [_conversation(question) for question in load_questions("home_bench") if question.reference]
-    record.quality["perplexity_home_bench"] = conversation_perplexity(engine.model, engine.tokenizer, general)
+    texts = {
+        "perplexity_test": [c.messages for c in loaded.conversations],
+        "perplexity_home_bench": [_conversation(q) for q in load_questions("home_bench") if q.reference],
+    }
+    for name, conversations in texts.items():
+        record.quality[name] = conversation_perplexity(engine.model, engine.tokenizer, conversations)
     record.counts |= {"questions": len(kinds), "bad_lines": len(loaded.bad_lines)}
 
 
 def _fidelity(config: Mapping[str, Any], folder: Path, record: Record) -> None:
-    """The quantized model against its own unquantized baseline, on held-out texts."""
-    from llm_at_home.data.texts import load_texts
-    from llm_at_home.evaluation.fidelity import compare, fidelity_readings
+    """The quantized model against its own unquantized baseline, on held-out texts and on the baseline's answers."""
+    from llm_at_home.evaluation import fidelity
+    from llm_at_home.evaluation.fidelity import figures, passages
+    from llm_at_home.evaluation.fidelity.baseline import Baseline
+    from llm_at_home.evaluation.fidelity.predictions import score
     from llm_at_home.models.loading import load_tokenizer
-    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.quantization.base import describe_kernel, load_base, method_of
     from llm_at_home.quantization.size import size_readings
 
+    fidelity.check(config)
     options = config["fidelity"]
     tokenizer = load_tokenizer(config["model"])
-    texts = [tokenizer(text)["input_ids"][: options["max_length"]] for text in load_texts("held_out", config["limit"])]
+    baseline = Baseline(config, tokenizer)
+    sets = {fidelity.HELD_OUT: passages.held_out(tokenizer, config["limit"], options["max_length"])}
+    if options["answer_tokens"]:
+        prompts = passages.first_turns(tokenizer, config["limit"])
+        answers = baseline.answers(prompts, options["answer_tokens"], options["answers_seed"])
+        sets[fidelity.OWN_ANSWERS] = answers
+    predicted = {name: baseline.predictions(chosen, options["baseline_top_k"]) for name, chosen in sets.items()}
+    baseline.release()
+
     model = load_base(config)
-    record.kernel = describe_kernel(model)
     record.readings |= size_readings(model)
-    dense = {"name": "none", "method": "dense", "bits": None}
-    baseline = load_base({**config, "quant": dense, "dtype": options["baseline_dtype"]})
-    compared = compare(model, baseline, texts)
-    record.quality |= fidelity_readings(compared)
-    record.counts |= {"texts": len(texts), "tokens": sum(len(text.kl) for text in compared)}
-    with (folder / "fidelity.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": i, **text.row()}) + "\n" for i, text in enumerate(compared))
+    method = figures.METHOD
+    if getattr(method_of(config["quant"]), "DENSE_COPY", False):
+        method += "/dequantized_weights"
+        record.notes.append("measured on dequantized weights: what the format's own kernels round beside is not in it")
+    rows = []
+    for name, chosen in sets.items():
+        predictions, baseline_hash = predicted[name]
+        pairs = zip(chosen, predictions, strict=True)
+        own = figures.rows(name, [score(model, passage, prediction) for passage, prediction in pairs])
+        suffix = fidelity.SUFFIXES[name]
+        sums = figures.Sums.of(own, name)
+        record.quality |= figures.fidelity_readings(sums, suffix, options["baseline_top_k"], method)
+        record.counts |= {f"texts{suffix}": len(chosen), f"tokens{suffix}": sum(one.tokens for one in chosen)}
+        hashes = {"texts": passages.passages_hash(chosen), "baseline": baseline_hash}
+        record.provenance.setdefault("fidelity", {})[name] = hashes
+        rows += own
+    record.kernel = describe_kernel(model)  # a layer may choose its kernel at its first call
+    with (folder / fidelity.ROWS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def _training_run(adapter_path: str) -> dict[str, Any] | None:

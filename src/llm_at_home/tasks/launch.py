@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.errors import Refusal
+from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.tasks import resolve, sweep
@@ -103,6 +104,11 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
             store.write_json(folder / store.POINTER, {"folder": str(finished)})
         print(f"skipped: finished in {_short(finished)} (rerun=true runs it again)")
         return "skipped", store.load(finished)
+    if task != "quantize" and base.needs_making(config):
+        # In a process of its own, so that neither its time nor its memory counts as the job's.
+        status, making = _run_or_skip("quantize", resolve.making(config), folder / "making", parent=None)
+        if status != "ok":
+            return status, making
     if (folder / store.RECORD).is_file():
         (folder / store.RECORD).replace(folder / "record.previous.json")
     store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})

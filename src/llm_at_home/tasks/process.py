@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from llm_at_home.metering.memory import oom_kills
+
 POLL_SECONDS = 0.05
-VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Child:
         in_main_thread = threading.current_thread() is threading.main_thread()
         handled = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
         previous = {number: signal.signal(number, self._on_signal) for number in handled}
-        kills = _oom_kills()
+        kills = oom_kills()
         try:
             self._process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
             self._wait(self._process)
@@ -79,7 +80,7 @@ class Child:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._signal(signal.SIGKILL)  # whatever the child left behind
-        oom_killed = code == -signal.SIGKILL and self._asked is None and _oom_kills() > kills
+        oom_killed = code == -signal.SIGKILL and self._asked is None and oom_kills() > kills
         peak = self._resident_kilobytes * 1024 / 1e9 if self._resident_kilobytes else None
         return Ending(code, self._asked, peak, oom_killed)
 
@@ -118,17 +119,6 @@ def _high_water_mark(pid: int) -> int:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
-
-
-def _oom_kills() -> int:
-    """How often the kernel's out-of-memory killer has acted since the machine started; 0 where it does not tell."""
-    try:
-        for line in VMSTAT.read_text().splitlines():
-            if line.startswith("oom_kill "):
                 return int(line.split()[1])
     except (OSError, ValueError):
         pass

@@ -197,6 +197,13 @@ def _check_evaluate(config: Mapping[str, Any]) -> None:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
 
 
+def making(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of ``python -m llm_at_home.tasks.quantize`` that makes what this one needs."""
+    shared = ("model", "quant", "gpu", "dtype", "seed", "limit", "timeout_s", "grace_s", "strict", "paths")
+    own = {"rerun": True, "metric": None, "logger": {"name": "none"}}
+    return {key: config[key] for key in shared} | own
+
+
 def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Content hashes of what the configuration names by path or name, package versions, and the GPU.
 
