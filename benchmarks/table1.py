@@ -11,19 +11,17 @@ The paper's own methods come first. Needs a GPU of 80 GB for float32.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from llm_at_home.errors import Refusal
+import rows as common
+
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.records import store
-from llm_at_home.records.schema import Reading, Record
+from llm_at_home.records.schema import Record
 from llm_at_home.reporting import facts, published
 
-ROOT = Path(__file__).resolve().parent.parent
 PAPER = {
     "none_float32": ["quant=none", "dtype=float32"],
     "none_bfloat16": ["quant=none", "dtype=bfloat16"],
@@ -32,9 +30,7 @@ PAPER = {
     **{name: [f"quant={name}", "quant.group_size=128"] for name in ("gptq", "awq")},
 }
 OTHERS = {name: [f"quant={name}"] for name in ("fp4", "int4_torchao", "int8_torchao", "rtn")}
-DONE = ("ok", "out_of_memory")
 HEADLINE = ("decode_tokens_per_second", "energy_per_token", "torch_allocated_peak")
-DASH = "–"
 
 
 def rows(methods: list[str], batches: list[int]) -> list[tuple[str, list[str]]]:
@@ -48,43 +44,21 @@ def rows(methods: list[str], batches: list[int]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run_row(name: str, words: list[str], out: Path) -> str:
-    """Run one row, keep its record, and say in a line how it went."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="table1_") as folder:
-        command = [sys.executable, "infer.py", "experiment=table1", *words, "rerun=true", f"hydra.run.dir={folder}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        seconds = time.monotonic() - start
-        try:
-            record = store.load(folder)
-        except Refusal:
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            return f"{name}: no record after {seconds:.0f} s: {said[-1] if said else f'exit code {done.returncode}'}"
-    store.save(record, out / name)
-    figures = {key: record.readings[key] for key in HEADLINE if _has(record, key)}
-    shown = ", ".join(f"{_text(reading, 2)} {reading.unit}" for reading in figures.values())
-    error = facts.error_line(record)
-    return f"{name}: {record.status} in {seconds:.0f} s  {shown}{'  ' + error if error else ''}"
-
-
 def measure(args: argparse.Namespace) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record."""
     deadline = time.monotonic() + args.minutes * 60
     failed = False
     for name, words in rows(args.rows, args.batches):
-        if _status(args.out / name) in DONE:
+        if common.status(args.out / name) in common.DONE:
             print(f"{name}: is there")
             continue
         if time.monotonic() > deadline:
             print(f"{args.minutes:g} minutes are up: the same command goes on with {name}")
             break
-        print(run_row(name, [*words, *args.overrides], args.out), flush=True)
-        failed |= _status(args.out / name) not in DONE
+        command = ["infer.py", "experiment=table1", *words, *args.overrides]
+        print(common.run_row(name, command, args.out, HEADLINE), flush=True)
+        failed |= common.status(args.out / name) not in common.DONE
     return int(failed)
-
-
-def _status(folder: Path) -> str | None:
-    return store.load(folder).status if (folder / store.RECORD).is_file() else None
 
 
 def table(folder: Path) -> str:
@@ -98,8 +72,7 @@ def table(folder: Path) -> str:
         *(f"paper, {paper['device']}: {figure}" for figure in ("memory (GB)", "tokens/s", "Wh")),
     ]
     records = [store.load(path.parent) for path in folder.glob(f"*/{store.RECORD}")]
-    lines = [titles, ["---"] * len(titles), *(_cells(record) for record in sorted(records, key=_order))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return common.markdown([titles, *(_cells(record) for record in sorted(records, key=_order))])
 
 
 def _order(record: Record) -> tuple[int, int]:
@@ -119,7 +92,7 @@ def _batch(record: Record) -> int:
 
 def _cells(record: Record) -> list[str]:
     def cell(key: str, digits: int) -> str:
-        return _text(record.readings.get(key), digits)
+        return common.text(record.readings.get(key), digits)
 
     decode = "decode_tokens_per_second"
     extremes = [cell(f"{decode}_{end}", 1) for end in ("min", "max")]
@@ -128,22 +101,17 @@ def _cells(record: Record) -> list[str]:
     return [
         _method(record) if record.status == "ok" else f"{_method(record)} ({record.status.replace('_', ' ')})",
         str(_batch(record)),
-        facts.kernel(record) or DASH,
+        facts.kernel(record) or common.DASH,
         *(cell(key, 2) for key in ("torch_allocated_peak", "process_memory_peak")),
-        *(cell("time_to_first_token", 3), cell(f"{decode}_median" if _has(record, f"{decode}_median") else decode, 1)),
-        DASH if DASH in extremes else "–".join(extremes),
+        *(
+            cell("time_to_first_token", 3),
+            cell(f"{decode}_median" if common.has(record, f"{decode}_median") else decode, 1),
+        ),
+        common.DASH if common.DASH in extremes else "–".join(extremes),
         *(cell("output_tokens_per_second", 1), cell("energy_per_token", 2)),
-        *(_text(published.scaled_energy(record), 1), _text(published.scaled_time(record), 2)),
-        *(DASH if said is None or said[key] is None else f"{said[key]:.2f}" for key in keys),
+        *(common.text(published.scaled_energy(record), 1), common.text(published.scaled_time(record), 2)),
+        *(common.DASH if said is None or said[key] is None else f"{said[key]:.2f}" for key in keys),
     ]
-
-
-def _has(record: Record, key: str) -> bool:
-    return key in record.readings and record.readings[key].value is not None
-
-
-def _text(reading: Reading | None, digits: int) -> str:
-    return DASH if reading is None or reading.value is None else f"{reading.value:,.{digits}f}"
 
 
 def main() -> int:

@@ -14,6 +14,8 @@ from llm_at_home.tasks import resolve
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = ("train", "infer", "evaluate", "quantize")
 NO_GROUP = ("hydra",)
+# Each experiment and its command.
+EXPERIMENTS = {"handbook": "train", "demo": "infer", "table1": "infer", "methods": "infer", "fidelity": "evaluate"}
 # What a choice cannot do without.
 REQUIRED = {"model/custom": ["model.source=some/model"], "data/jsonl": ["data.path=here.jsonl"]}
 
@@ -30,8 +32,7 @@ def choices() -> list[tuple[str, str, str]]:
         for folder in sorted(p for p in CONF.iterdir() if p.is_dir() and p.name not in NO_GROUP):
             if f"- {folder.name}:" in text and folder.name != "experiment":
                 found += [(command, folder.name, file.stem) for file in sorted(folder.glob("*.yaml"))]
-    experiments = {"handbook": "train", "demo": "infer", "table1": "infer", "fidelity": "evaluate"}
-    return found + [(command, "experiment", name) for name, command in experiments.items()]
+    return found + [(command, "experiment", name) for name, command in EXPERIMENTS.items()]
 
 
 @pytest.mark.parametrize(("command", "group", "choice"), choices())
@@ -42,7 +43,7 @@ def test_every_choice_composes_and_resolves(command, group, choice):
 
 
 def test_every_experiment_is_tested():
-    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == {"handbook", "demo", "table1", "fidelity"}
+    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
 
 
 def targets() -> list[tuple[Path, str]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_at_home.evaluation.text import bootstrap_interval95, is_refusal, share, squad_scores, text_quality
+from llm_at_home.evaluation.text import corpus_bleu, is_refusal, rouge_scores, share, squad_scores, text_quality
 
 REFUSAL = "The handbook does not say."
 
@@ -58,20 +58,25 @@ def test_each_figure_is_over_its_own_questions() -> None:
     references = ["nine", "red room", "Ada", "ten", REFUSAL, REFUSAL]
     predictions = ["Nine.", "the blue room", REFUSAL, "ten", "the handbook does not say", "Blue"]
     figures = text_quality(kinds, predictions, references, REFUSAL)
-    assert {name: (r.value, r.n, r.unit) for name, r in figures.items()} == {
+    shares = {name: figure for name, figure in figures.items() if name != "bleu"}
+    assert {name: (r.value, r.n, r.unit) for name, r in shares.items()} == {
         "exact_match": (0.5, 4, "1"),
         "token_f1": (pytest.approx((1 + 0.5 + 0 + 1) / 4), 4, "1"),
+        "rouge_1": (pytest.approx((1 + 0.4 + 0 + 1) / 4), 4, "1"),
+        "rouge_2": (0.0, 4, "1"),
+        "rouge_l": (pytest.approx((1 + 0.4 + 0 + 1) / 4), 4, "1"),
         "refusal_recall": (0.5, 2, "1"),
         "false_refusal_rate": (0.25, 4, "1"),
     }
-    assert {r.method for r in figures.values()} == {"squad", "canonical_refusal"}
-    for reading in figures.values():
+    assert {r.method for r in shares.values()} == {"squad", "canonical_refusal", "rouge_f1"}
+    for reading in shares.values():
         low, high = reading.interval95
         assert 0 <= low <= reading.value <= high <= 1
 
 
 def test_a_data_set_without_refusals_has_no_figure_about_them() -> None:
-    assert set(text_quality(["fact"], ["a"], ["b"], None)) == {"exact_match", "token_f1"}
+    figures = text_quality(["fact"], ["a"], ["b"], None)
+    assert set(figures) == {"exact_match", "token_f1", "bleu", "rouge_1", "rouge_2", "rouge_l"}
 
 
 def test_no_question_is_unknown_with_the_reason_and_not_zero() -> None:
@@ -97,9 +102,61 @@ def test_the_interval_holds_the_mean_and_has_the_right_width(n: int, ones: int) 
     assert share(values, "squad") == reading, "the draws are seeded"
 
 
-def test_the_bootstrap_resamples_items_of_any_statistic() -> None:
-    data = np.random.default_rng(1).normal(5, 1, 400)
-    low, high = bootstrap_interval95(400, lambda chosen: float(np.median(data[chosen])))
-    assert low < np.median(data) < high
-    assert high - low == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.35)
-    assert bootstrap_interval95(1, lambda chosen: 0.0) is None
+SAID = [
+    "The keys hang on the hook behind the green door.",
+    "It opens at nine in the morning and closes at six.",
+    "Ask Odile Farrow in the casting hall, she knows the kiln well.",
+]
+EXPECTED = [
+    "The keys hang on the third hook behind the green door.",
+    "It opens at nine in the morning, and closes at half past six.",
+    "Odile Farrow knows.",
+]
+
+
+def test_bleu_is_sacrebleu_s_over_the_whole_corpus() -> None:
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    for said, expected in ((SAID, EXPECTED), (EXPECTED, SAID), (["", *SAID], ["Nine.", *EXPECTED])):
+        reading = corpus_bleu(said, expected)
+        assert reading.value == pytest.approx(float(sacre_bleu_score(said, [[one] for one in expected])), abs=1e-6)
+        low, high = reading.interval95
+        assert low < reading.value < high
+        assert reading.n == len(said)
+    one = corpus_bleu(SAID[:1], EXPECTED[:1])
+    assert one.value == pytest.approx(float(sacre_bleu_score(SAID[:1], [EXPECTED[:1]])), abs=1e-6)
+    assert one.interval95 is None
+
+
+def test_bleu_s_interval_is_over_resampled_corpora_and_not_a_mean_of_sentences() -> None:
+    # Copies of one pair have the same corpus score however they are drawn; one that matches nothing pulls it down.
+    same = corpus_bleu(SAID[:1] * 5, EXPECTED[:1] * 5)
+    assert same.interval95 == pytest.approx((same.value, same.value))
+    assert (
+        corpus_bleu([*SAID, "none of it at all here"], [*EXPECTED, "Nine."]).value < corpus_bleu(SAID, EXPECTED).value
+    )
+
+
+@pytest.mark.parametrize("said", [["nine", "red room", ""], ["", "", ""]])
+def test_answers_too_short_for_four_grams_have_no_bleu(said) -> None:
+    reading = corpus_bleu(said, ["nine", "red room", "Ada"])
+    assert reading.value is None
+    assert "four tokens" in reading.reason
+
+
+def test_long_answers_without_a_match_have_a_bleu_of_zero() -> None:
+    assert corpus_bleu(["one two three four five"], ["six seven eight nine ten"]).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("the red room", "the red room", (1, 1, 1)),
+        # three of four words, no pair of neighbours, a subsequence of two
+        ("b a c d", "a b c e", (0.75, 0, 0.5)),
+        ("red", "red room", (2 / 3, 0, 2 / 3)),
+        ("", "red room", (0, 0, 0)),
+    ],
+)
+def test_rouge_by_hand(prediction: str, reference: str, expected: tuple[float, ...]) -> None:
+    assert tuple(rouge_scores(prediction, reference).values()) == pytest.approx(expected, abs=1e-6)

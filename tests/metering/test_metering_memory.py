@@ -106,7 +106,7 @@ def test_a_peak_that_cannot_be_reset_says_since_when_it_counts(monkeypatch: pyte
 
 
 def test_without_proc_the_resident_set_is_unknown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_at_home.metering.memory._status_kilobytes", lambda field: None)
+    monkeypatch.setattr("llm_at_home.metering.memory._status_kilobytes", lambda field, pid="self": None)
     meter = MemoryMeter("cpu")
     meter.begin_measured()
     reading = meter.readings()["resident_set_peak"]

@@ -24,6 +24,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def table1() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when the script is run
     spec = importlib.util.spec_from_file_location("table1", ROOT / "benchmarks" / "table1.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,12 +62,12 @@ def test_finished_rows_and_those_out_of_memory_are_not_run_again(table1, main, t
     store.save(record("fp4", 1, "failed"), tmp_path / "fp4_b1")
     ran = []
 
-    def run_row(name, words, out):
+    def run_row(name, words, out, headline):
         ran.append((name, words))
         store.save(record("x", 1), out / name)
         return name
 
-    monkeypatch.setattr(table1, "run_row", run_row)
+    monkeypatch.setattr(table1.common, "run_row", run_row)
     words = ("--out", tmp_path, "--rows", "nf4", "int8", "fp4", "rtn", "--batches", 1, "--", "gpu=cpu", "repeats=2")
     assert main(*words) == 0
     assert [name for name, _ in ran] == ["fp4_b1", "rtn_b1"]
@@ -75,7 +76,7 @@ def test_finished_rows_and_those_out_of_memory_are_not_run_again(table1, main, t
 
 
 def test_no_row_starts_after_the_time(table1, main, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(table1, "run_row", lambda *arguments: pytest.fail("a row was started"))
+    monkeypatch.setattr(table1.common, "run_row", lambda *arguments: pytest.fail("a row was started"))
     assert main("--out", tmp_path, "--minutes", -1, "--", "gpu=cpu") == 0
     assert "goes on with none_float32_b1" in capsys.readouterr().out
 

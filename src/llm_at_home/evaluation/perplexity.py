@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_at_home.evaluation.text import bootstrap_interval95
+from llm_at_home.evaluation.statistics import bootstrap_interval95
 from llm_at_home.models.chat import IGNORED, encode
 from llm_at_home.records.schema import Reading
 

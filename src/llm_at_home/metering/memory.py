@@ -49,8 +49,9 @@ class MemoryMeter:
     """
 
     def __init__(self, device: str, gpus: int = 1) -> None:
-        for pid in [pid for pid, peak in _servers.items() if peak is not None]:
-            del _servers[pid]  # ended before there was this meter
+        for pid, peak in list(_servers.items()):
+            if peak is not None or _status_kilobytes("VmHWM", pid) is None:
+                del _servers[pid]  # ended before there was this meter
         self.device = device
         self._gpus = range(gpus)
         self._before: dict[str, float] = {}
