@@ -31,7 +31,12 @@ METHODS = {
     "fp4": ["quant=fp4"],
     "int4_torchao": ["quant=int4_torchao"],
     **{f"rtn_{bits}": ["quant=rtn", f"quant.bits={bits}"] for bits in (8, 4, 3, 2)},
-    **{f"rtn_{bits}_sym": ["quant=rtn", f"quant.bits={bits}", "quant.scheme=symmetric"] for bits in (4, 3)},
+    # In the dtype of GPTQ's kernels, to be compared with it pair by pair.
+    **{f"rtn_{bits}_bfloat16": ["quant=rtn", f"quant.bits={bits}", "dtype=bfloat16"] for bits in (4, 3)},
+    **{
+        f"rtn_{bits}_sym_bfloat16": ["quant=rtn", f"quant.bits={bits}", "quant.scheme=symmetric", "dtype=bfloat16"]
+        for bits in (4, 3)
+    },
     **{f"gptq_{bits}": ["quant=gptq", f"quant.bits={bits}"] for bits in (8, 4, 3, 2)},
     **{f"gptq_{bits}_asym": ["quant=gptq", f"quant.bits={bits}", "quant.sym=false"] for bits in (4, 3)},
     "gptq_mixed_4.0": ["quant=gptq_mixed"],

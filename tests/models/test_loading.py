@@ -60,6 +60,18 @@ def one_line(action: Any, *arguments: Any, **options: Any) -> str:
 # -- from a folder
 
 
+def test_weights_that_a_file_lacks_are_not_made_up(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (file,) = copy.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    assert "lacks 1 of its weights, model.layers.1.mlp.down_proj.weight" in one_line(
+        loading.load_weights, group(copy), "float32", "cpu"
+    )
+
+
 def test_a_folder_is_loaded_with_its_weights_in_the_dtype_asked_for(tiny_model: Path) -> None:
     from safetensors.torch import load_file
 

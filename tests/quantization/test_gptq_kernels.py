@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from llm_at_home.errors import Refusal
-from llm_at_home.quantization.gptq_kernels import KERNELS, choose
+from llm_at_home.quantization.gptq_kernels import KERNELS, Need, choose
 
 H100, T4 = (9, 0), (7, 5)
 
 
 def kernel(algorithm="gptq", device="cpu", bits=(4,), dtype="bfloat16", **more):
-    options = {"symmetric": True, "act_order": False, "trains": False, **more}
-    return choose(algorithm, device, bits, dtype=dtype, **options)
+    named = more.pop("named", None)
+    return choose(algorithm, Need(device, bits, dtype, **more), named)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_cannot_work_is_refused_in_one_line(options, reason):
 
 
 def test_the_table_is_what_the_installed_gptqmodel_says_of_its_kernels():
-    from llm_at_home.quantization.gptq_checkpoint import library_output
+    from llm_at_home.quantization.gptq_output import library_output
 
     with library_output():
         from gptqmodel import BACKEND

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from llm_at_home.adapters.attach import prepare_for_training
 from llm_at_home.errors import Refusal
 from llm_at_home.quantization import base, gptq_checkpoint
 from llm_at_home.quantization.size import size_readings
+from llm_at_home.records import store
 
 from .conftest import resolved
 
@@ -273,19 +276,28 @@ def test_what_cannot_work_is_refused_before_anything_loads(wide_model, command, 
 
 
 @pytest.mark.slow
-def test_make_quantize_makes_what_inference_then_finds(command, wide_model, own_cache):
-    words = ["model=custom", f"model.source={wide_model}", "quant=gptq", *FEW]
-    import subprocess
-    import sys
+def test_a_job_makes_what_it_lacks_in_a_process_of_its_own_and_only_once(command, tmp_path, wide_model, own_cache):
+    words = ["model=custom", f"model.source={wide_model}", "quant=gptq", *FEW, "limit=1", "engine.max_new_tokens=4"]
+    first = command("infer.py", *words, f"hydra.run.dir={tmp_path}/first", model=False)
+    assert first.returncode == 0, first.stderr
+    assert "quantized layer 2 of 2" in first.stderr
+    made, used = (store.load(tmp_path / "first" / name) for name in ("making", "."))
+    assert (made.task, made.status, used.task, used.status) == ("quantize", "ok", "infer", "ok")
+    assert made.kernel["linear"] == used.kernel["linear"] == "TorchAtenLinear"
+    assert used.readings["make_time"].value == made.readings["make_time"].value > 0
+    second = command("infer.py", *words, "rerun=true", f"hydra.run.dir={tmp_path}/second", model=False)
+    assert second.returncode == 0, second.stderr
+    assert "making" not in second.stderr
+    assert not (tmp_path / "second" / "making").exists()
 
-    made = subprocess.run(
-        [sys.executable, "-m", "llm_at_home.tasks.quantize", "gpu=cpu", f"paths.output={own_cache}/runs", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+@pytest.mark.slow
+def test_make_quantize_makes_a_checkpoint_ahead_of_its_use(tmp_path, wide_model, own_cache):
+    words = ["gpu=cpu", "model=custom", f"model.source={wide_model}", "quant=gptq", *FEW]
+    command = [sys.executable, "-m", "llm_at_home.tasks.quantize", *words, f"hydra.run.dir={tmp_path}/run"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
-    assert "quantized layer 2 of 2" in made.stderr
-    used = command("infer.py", *words, "limit=1", "engine.max_new_tokens=4", model=False)
-    assert used.returncode == 0, used.stderr
-    assert "making" not in used.stderr
+    record = store.load(tmp_path / "run")
+    assert record.readings["bits_per_weight_on_disk"].value > 4
+    assert any("kept in" in note for note in record.notes)
+    assert not base.needs_making(resolved("infer", wide_model, "quant=gptq", *FEW))

@@ -31,7 +31,7 @@ def provenance(gpu=None, started_at="2026-11-20T10:00:00+00:00"):
 def config(model="smollm2_135m", quant="none", gpu="auto", **more):
     base = {
         "model": {"name": model, "weights": "pretrained"},
-        "quant": {"name": quant},
+        "quant": quant if isinstance(quant, dict) else {"name": quant},
         "gpu": {"name": gpu},
         "dtype": "float32",
         "data": {"name": "handbook"},
@@ -145,10 +145,43 @@ def judgment(of, config_hash, method="gpt4:single", score=6.25, missing=2):
     )
 
 
+def fidelity(config_hash, divergence, quant, bits=4.5, started_at="2026-11-20T14:00:00+00:00", **choices):
+    """A record of task=fidelity; ``quant`` is a whole group, ``divergence`` None that of a model that overflows."""
+    against = "against_own_unquantized_baseline"
+    lost = {
+        "perplexity": reading(41.67, "1", against, spread=7.0, n=40),
+        "perplexity_ratio": reading(1.212, "1", against, spread=0.02, n=40),
+        "kl_divergence_mean": Reading.unknown("nats/token", "the model's logits are not finite", against),
+        "kl_divergence_p99": reading(1.391, "nats/token", against, spread=0.1, n=40),
+        "top1_agreement": reading(0.693, "1", against, spread=0.013, n=40),
+    }
+    if divergence is not None:
+        spread = divergence / 10
+        lost["kl_divergence_mean"] = reading(divergence, "nats/token", against, spread=spread, n=40)
+    lost |= {f"{name}_own_answers": one for name, one in lost.items()}
+    lost |= {f"{name}_detectable": reading(0.0123, one.unit, against, n=40) for name, one in lost.items()}
+    options = {"answers_seed": 0, "baseline_dtype": "float32"}
+    return Record(
+        "evaluate",
+        config=config(**({"task": "fidelity", "quant": quant, "fidelity": options} | choices)),
+        config_hash=config_hash,
+        provenance=provenance(started_at=started_at),
+        kernel={"linear": "Linear", "backend": "torch cpu"},
+        readings={"bits_per_weight": reading(bits, "bits", "tensors_in_memory")},
+        quality=lost,
+    )
+
+
 @pytest.fixture
 def make():
     return SimpleNamespace(
-        infer=infer, train=train, text=text_evaluation, judge=judgment, reading=reading, config=config
+        infer=infer,
+        train=train,
+        text=text_evaluation,
+        judge=judgment,
+        fidelity=fidelity,
+        reading=reading,
+        config=config,
     )
 
 

@@ -82,6 +82,8 @@ def test_the_tables_fit_eighty_characters(make, save, printed):
     save(judged, "i")
     save(make.train(), "t")
     save(make.judge(judged, "j"), "j")
+    long = {"name": "gptq_mixed", "target_bits": 3.5, "group_size": 64, "sym": True}
+    save(make.fidelity("q", 0.5, long, dtype="bfloat16"), "q")
     lines = [Text.from_ansi(line).plain for line in printed(80).splitlines()]
     assert max(len(line.rstrip()) for line in lines[:-1]) <= 80
     assert any("smollm2_135m" in line and "25.3" in line for line in lines)

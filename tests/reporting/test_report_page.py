@@ -76,6 +76,8 @@ def full(make, save, page):
     save(make.text(0.008, "before"), "before")
     save(make.text(0.954, "after", of=trained, folder=folder), "after")
     save(make.judge(judged, "j"), "j")
+    for i, bits in enumerate((3, 4)):
+        save(make.fidelity(f"q{i}", 0.9 - 0.6 * i, {"name": "rtn", "bits": bits}, bits + 0.5), f"q{i}")
     failed = make.train("f", quant="nf4")
     failed.status, failed.error = "failed", {"type": "RuntimeError", "message": "boom"}
     save(failed, "f")
@@ -100,6 +102,7 @@ def test_every_table_has_a_caption_and_headers_with_scope(full):
     assert [t.parent.parent.attributes["id"] for t in tables] == [
         "inference",
         "finetuning",
+        "quantization",
         "evaluations",
         "unfinished",
     ]
@@ -211,8 +214,29 @@ def test_charts_tell_their_figures_in_words_and_draw_the_interval(full):
     assert low < widths[0] < high
 
 
+def test_the_plot_tells_its_figures_in_words_and_draws_the_interval(full):
+    (svg,) = section(full, "quantization").all("svg")
+    assert svg.attributes["role"] == "img"
+    named = {node.attributes.get("id"): node.text for tag in ("title", "desc") for node in svg.all(tag)}
+    title, description = (named[name] for name in svg.attributes["aria-labelledby"].split())
+    assert "KL divergence over bits per weight" in title
+    for told in ("rtn, 3 bits: 3.50 bits, 0.9000 (0.8100–0.9900)", "rtn, 4 bits: 4.50 bits, 0.3000 (0.2700–0.3300)"):
+        assert told in description
+    three, four = (group for group in svg.all("g") if group.attributes["class"] == "point")
+    x, y = zip(
+        *((float(c.attributes["cx"]), float(c.attributes["cy"])) for c in (*three.all("circle"), *four.all("circle"))),
+        strict=True,
+    )
+    assert x[0] < x[1]
+    assert y[0] < y[1], "up is worse"
+    whisker = next(line for line in three.all("line") if line.attributes["class"] == "whisker")
+    assert float(whisker.attributes["y2"]) < y[0] < float(whisker.attributes["y1"])
+    assert [next(group.all("text")).text for group in (three, four)] == ["rtn, 3 bits", "rtn, 4 bits"]
+
+
 def test_a_single_run_has_no_chart(make, save, page):
     save(make.infer(), "a")
+    save(make.fidelity("q", 0.3, {"name": "nf4"}), "q")
     assert not list(page().all("svg"))
 
 
@@ -235,6 +259,9 @@ def test_hostile_text_stays_text(make, save, page):
             record.readings["energy_net"] = record.readings["energy_net"].unknown("Wh", HOSTILE)
             record.kernel = {HOSTILE: HOSTILE}
             save(record, f"javascript:alert(3)/{task.__name__}<b>{number}")
+    for number in range(2):
+        hostile = make.fidelity(f"q{number}", 0.3, {"name": HOSTILE, "type": f"{HOSTILE}{number}"}, dtype=HOSTILE)
+        save(hostile, f"q{number}")
     judge = make.judge(record, "j", method=HOSTILE)
     judge.quality = {HOSTILE: judge.quality["judge_score_mean"]}
     save(judge, "j")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_at_home.errors import Refusal
-from llm_at_home.quantization.gptq_checkpoint import library_output
+from llm_at_home.quantization.gptq_output import library_output
 
 # Keys of the adapter group that are ours and not its class's.
 OWN_KEYS = ("name", "trains")

@@ -68,6 +68,9 @@ def load_weights(model: Mapping[str, Any], dtype: str, device: str, **options: A
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         device: ``cpu`` or ``cuda``.
         options: handed to ``from_pretrained`` (a quantization configuration, say); random weights take none.
+
+    Raises:
+        Refusal: when it cannot be had, or some of its weights are missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -80,14 +83,22 @@ def load_weights(model: Mapping[str, Any], dtype: str, device: str, **options: A
     if model["weights"] == "random":
         return random_weights.build(load_config(model), torch_dtype, device)
     with hub_errors(model["source"]):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             location(model),
+            output_loading_info=True,
             revision=model["revision"],
             trust_remote_code=model["trust_remote_code"],
             use_safetensors=model["use_safetensors"] or None,
             dtype=torch_dtype,
             device_map={"": device},
             **options,
+        )
+    loaded, report = read
+    # transformers fills what a file lacks with random numbers, and only logs it.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise Refusal(
+            f"{model['source']} lacks {len(missing)} of its weights, {missing[0]} the first: give another source"
         )
     return loaded.eval()
 

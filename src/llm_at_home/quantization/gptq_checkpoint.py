@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,8 @@ from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_tokenizer, load_weights, location
 from llm_at_home.quantization import calibration
+from llm_at_home.quantization.gptq_kernels import kernel_for
+from llm_at_home.quantization.gptq_output import library_output
 from llm_at_home.records.cached import cached, is_made
 from llm_at_home.records.hashing import package_versions
 
@@ -29,8 +27,6 @@ SETTINGS = ("algorithm", "bits", "target_bits", "group_size", "desc_act", "sym",
 # The kernels that can write codes, on any device; the automatic choice wants a GPU for AWQ.
 PACKING = {"gptq": "gptq_torch", "awq": "awq_torch", "exl3": "exl3_exllama_v3"}
 VERSIONS = ("torch", "transformers", "gptqmodel")
-
-log = logging.getLogger("gptqmodel")
 
 
 def checkpoint_key(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,15 +127,13 @@ def read(folder: str, config: Mapping[str, Any]) -> Any:
     """
     import torch
 
-    from llm_at_home.quantization.gptqmodel import choose_kernel
-
     with library_output():
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
         stored = QuantizeConfig.from_pretrained(folder)
         overridden = [rule["bits"] for rule in (stored.dynamic or {}).values() if "bits" in rule]
         bits = overridden or [int(stored.bits)]
-        kernel = choose_kernel(config, bits, bool(stored.sym), bool(stored.desc_act), stored.group_size)
+        kernel = kernel_for(config, bits, bool(stored.sym), bool(stored.desc_act), stored.group_size)
         try:
             loaded = GPTQModel.load(
                 folder,
@@ -181,31 +175,6 @@ class _Progress:
             self.stream.write(f"\r{line}" if on_terminal and done < self.layers else f"{line}\n")
             self.stream.flush()
         self._shown = done
-
-
-class _ToLog(io.TextIOBase):
-    """A stream whose lines go to the log."""
-
-    def write(self, text: str) -> int:
-        """Log each line that is not empty."""
-        for line in text.replace("\r", "\n").splitlines():
-            if line.strip():
-                log.info(line.rstrip())
-        return len(text)
-
-
-@contextlib.contextmanager
-def library_output() -> Iterator[None]:
-    """Send to the log what GPTQModel prints to the terminal, its banner included."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))
-    with contextlib.redirect_stdout(_ToLog()):
-        import gptqmodel  # noqa: F401
-        from huggingface_hub.utils import disable_progress_bars
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        disable_progress_bars()
-        yield
 
 
 def resident_set_peak() -> float:

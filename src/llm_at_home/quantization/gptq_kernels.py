@@ -5,10 +5,12 @@ Its own automatic choice on a Hopper GPU is Machete, which downloads CUTLASS; el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm_at_home.errors import Refusal
+from llm_at_home.hardware.catalogue import capability as parsed
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,37 @@ KERNELS = {
 }
 
 
-def choose(
-    algorithm: str,
-    device: str,
-    bits: Sequence[int],
-    symmetric: bool,
-    act_order: bool,
-    dtype: str,
-    trains: bool,
-    group_size: int | None = None,
-    capability: tuple[int, int] | None = None,
-    named: str | None = None,
-) -> str:
+@dataclass(frozen=True)
+class Need:
+    """What a checkpoint and a run ask of a kernel.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        bits: of all layers; one kernel serves them all.
+        dtype: of activations.
+        symmetric: whether codes are symmetric about zero.
+        act_order: whether the columns were quantized in order of activation.
+        group_size: inputs that share a scale; None where the format has none.
+        trains: whether gradients must pass.
+        capability: of the GPU, where it is known.
+    """
+
+    device: str
+    bits: Sequence[int]
+    dtype: str
+    symmetric: bool = True
+    act_order: bool = False
+    group_size: int | None = None
+    trains: bool = False
+    capability: tuple[int, int] | None = None
+
+
+def choose(algorithm: str, need: Need, named: str | None = None) -> str:
     """The name of the kernel for a checkpoint, or the one that the user named if it can do this.
 
     Args:
         algorithm: ``gptq``, ``awq`` or ``exl3``.
-        device: ``cpu`` or ``cuda``.
-        bits: of all layers; one kernel serves them all.
-        symmetric: whether codes are symmetric about zero.
-        act_order: whether the columns were quantized in order of activation.
-        dtype: of activations.
-        trains: whether gradients must pass.
-        group_size: inputs that share a scale; None where the format has none.
-        capability: of the GPU.
+        need: what it must do.
         named: by the user.
 
     Raises:
@@ -87,7 +96,7 @@ def choose(
         raise Refusal(f"quant.kernel={named} is no kernel for {algorithm}: choose one of {', '.join(candidates)}")
     reasons = {}
     for name in [named] if named else candidates:
-        lacks = _lacks(candidates[name], device, bits, symmetric, act_order, dtype, trains, group_size, capability)
+        lacks = _lacks(candidates[name], need)
         if lacks is None:
             return name
         reasons[name] = lacks
@@ -96,32 +105,54 @@ def choose(
     raise Refusal("; ".join(f"{name} {why}" for name, why in reasons.items()))
 
 
-def _lacks(
-    kernel: Kernel,
-    device: str,
+def kernel_for(
+    config: Mapping[str, Any],
     bits: Sequence[int],
-    symmetric: bool,
-    act_order: bool,
-    dtype: str,
-    trains: bool,
-    group_size: int | None,
-    capability: tuple[int, int] | None,
-) -> str | None:
+    symmetric: bool | None = None,
+    act_order: bool | None = None,
+    group_size: int | None = None,
+) -> str:
+    """The kernel that a resolved configuration runs for a checkpoint of these bits.
+
+    Args:
+        config: the configuration.
+        bits: of all layers.
+        symmetric, act_order, group_size: of a checkpoint that is there; None takes the configuration's.
+
+    Raises:
+        Refusal: when there is none, or the one named in ``quant.kernel`` cannot.
+    """
+    quant, gpu = config["quant"], config["gpu"]
+    need = Need(
+        device=gpu["device"],
+        bits=bits,
+        dtype=config["dtype"],
+        symmetric=quant.get("sym", True) if symmetric is None else symmetric,
+        act_order=bool(quant.get("desc_act", False)) if act_order is None else act_order,
+        group_size=quant.get("group_size") if group_size is None else group_size,
+        trains=config.get("adapter", {}).get("trains") == "adapter",
+        capability=parsed(gpu["compute_capability"]) if "compute_capability" in gpu else None,
+    )
+    return choose(quant["algorithm"], need, quant["kernel"])
+
+
+def _lacks(kernel: Kernel, need: Need) -> str | None:
     """Why a kernel cannot, in a few words, or None when it can."""
-    if kernel.device not in (None, device):
-        return f"needs gpu={'cuda' if kernel.device == 'cuda' else 'cpu'}"
-    if kernel.bits and not set(bits) <= set(kernel.bits):
-        return f"takes {' and '.join(map(str, kernel.bits))} bits and not {sorted(set(bits) - set(kernel.bits))[0]}"
-    if device == "cuda" and capability is not None and capability < kernel.capability:
+    if kernel.device not in (None, need.device):
+        return f"needs gpu={kernel.device}"
+    if kernel.bits and not set(need.bits) <= set(kernel.bits):
+        other = sorted(set(need.bits) - set(kernel.bits))[0]
+        return f"takes {' and '.join(map(str, kernel.bits))} bits and not {other}"
+    if need.device == "cuda" and need.capability is not None and need.capability < kernel.capability:
         return f"needs compute capability {kernel.capability[0]}.{kernel.capability[1]}"
-    if kernel.symmetric_only and not symmetric:
+    if kernel.symmetric_only and not need.symmetric:
         return "takes symmetric codes only (quant.sym=true)"
-    if act_order and not kernel.act_order:
+    if need.act_order and not kernel.act_order:
         return "does not take act-order (quant.desc_act=false)"
-    if dtype not in kernel.dtypes:
-        return f"computes in {' or '.join(kernel.dtypes)} and not in {dtype}"
-    if group_size is not None and group_size > 0 and group_size not in kernel.group_sizes:
-        return f"takes groups of {', '.join(map(str, kernel.group_sizes))} and not {group_size}"
-    if trains and not kernel.trains:
+    if need.dtype not in kernel.dtypes:
+        return f"computes in {' or '.join(kernel.dtypes)} and not in {need.dtype}"
+    if need.group_size is not None and need.group_size > 0 and need.group_size not in kernel.group_sizes:
+        return f"takes groups of {', '.join(map(str, kernel.group_sizes))} and not {need.group_size}"
+    if need.trains and not kernel.trains:
         return "passes no gradients"
     return None

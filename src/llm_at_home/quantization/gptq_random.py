@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_at_home.quantization.gptq_kernels import kernel_for
+from llm_at_home.quantization.gptq_output import library_output
+from llm_at_home.quantization.layers import linear_layers
+
 SPREAD = 0.02  # standard deviation of the weights that the codes stand for, as transformers initialises them
 
 
 def build(config: Mapping[str, Any]) -> Any:
     """A model of this architecture whose linear layers hold random codes, laid out as the kernel wants them."""
-    from llm_at_home.quantization.gptq_checkpoint import library_output
-
     with library_output():
         return _build(config)
 
@@ -26,8 +28,6 @@ def _build(config: Mapping[str, Any]) -> Any:
 
     from llm_at_home.models import random_weights
     from llm_at_home.models.loading import load_config
-    from llm_at_home.quantization.gptqmodel import choose_kernel
-    from llm_at_home.quantization.layers import linear_layers
 
     quant, device = config["quant"], config["gpu"]["device"]
     dtype = getattr(torch, config["dtype"])
@@ -37,7 +37,7 @@ def _build(config: Mapping[str, Any]) -> Any:
         if quant["algorithm"] == "awq"
         else GPTQConfig(desc_act=quant["desc_act"], **options)
     )
-    kernel = choose_kernel(config, [quant["bits"]])
+    kernel = kernel_for(config, [quant["bits"]])
 
     kind = get_kernel_for_backend(BACKEND(kernel), settings.method, settings.format)
     layout = {} if quant["algorithm"] == "awq" else {"format": settings.format}

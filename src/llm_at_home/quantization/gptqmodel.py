@@ -6,11 +6,12 @@ the checkpoints of both load. Frantar et al. 2022 (GPTQ), Lin et al. 2023 (AWQ).
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
-from llm_at_home.hardware.catalogue import capability
 from llm_at_home.models import source
 from llm_at_home.quantization import calibration, gptq_kernels
 
@@ -40,7 +41,7 @@ def check(config: Mapping[str, Any]) -> None:
         )
     if algorithm == "exl3":
         _check_exl3(config)
-    choose_kernel(config, [quant["bits"]] if quant["bits"] else MIXED_BITS)
+    gptq_kernels.kernel_for(config, [quant["bits"]] if quant["bits"] else MIXED_BITS)
     if quant.get("target_bits") is not None:
         _check_target(quant)
     if config["model"]["weights"] == "random":
@@ -54,6 +55,8 @@ def check(config: Mapping[str, Any]) -> None:
 def _check_exl3(config: Mapping[str, Any]) -> None:
     if config["gpu"]["device"] != "cuda":
         raise Refusal("quant=exl is made and run by ExLlama's CUDA kernels: use gpu=cuda, or quant=gptq_mixed on a CPU")
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        raise Refusal("quant=exl compiles its kernels with nvcc, which is not here: install it, or use quant=gptq")
     if _trains(config, "adapter"):
         raise Refusal("quant=exl passes no gradients: use quant=gptq or quant=nf4 to train on")
 
@@ -71,33 +74,6 @@ def _check_target(quant: Mapping[str, Any]) -> None:
 
 def _trains(config: Mapping[str, Any], what: str) -> bool:
     return config.get("adapter", {}).get("trains") == what
-
-
-def choose_kernel(
-    config: Mapping[str, Any],
-    bits: Any,
-    symmetric: bool | None = None,
-    act_order: bool | None = None,
-    group_size: int | None = None,
-) -> str:
-    """The kernel that this configuration runs, for a checkpoint of these bits.
-
-    Raises:
-        Refusal: when there is none, or the one named in ``quant.kernel`` cannot.
-    """
-    quant, gpu = config["quant"], config["gpu"]
-    return gptq_kernels.choose(
-        quant["algorithm"],
-        gpu["device"],
-        bits,
-        quant.get("sym", True) if symmetric is None else symmetric,
-        bool(quant.get("desc_act", False)) if act_order is None else act_order,
-        config["dtype"],
-        trains=_trains(config, "adapter"),
-        group_size=quant.get("group_size") if group_size is None else group_size,
-        capability=capability(gpu["compute_capability"]) if "compute_capability" in gpu else None,
-        named=quant["kernel"],
-    )
 
 
 def load(config: Mapping[str, Any]) -> Any:

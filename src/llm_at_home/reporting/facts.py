@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import PurePath
 from typing import Any
 
+from llm_at_home.quantization import naming
 from llm_at_home.records.schema import Record
 
 UNKNOWN = "unknown"
@@ -47,6 +48,12 @@ def model(record: Record) -> str:
 def quant(record: Record) -> str:
     """The name of the quantization."""
     return name_at(about(record), "quant", "name")
+
+
+def quant_words(record: Record) -> tuple[str, ...]:
+    """The name of the quantization, then what tells it from others of its name: bits, group size, scheme, type."""
+    group = at(about(record), "quant")
+    return (quant(record), *(map(clean, naming.quant_words(group)[1:]) if isinstance(group, dict) else ()))
 
 
 def has_random_weights(record: Record) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llm_at_home.reporting.cells import Column, Row, Table
 
 _LABEL_LENGTH = 56
-_MOST_BARS = 24
+_MOST_BARS = 32
 # The rest of the width holds the value at the bar's end.
 _FULL_BAR = 80.0
 _CHARTS = {
@@ -90,7 +90,8 @@ def _labels(rows: Sequence[Row]) -> list[str]:
         return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
 
     # What all runs share would only make every label longer.
-    keys = ["model", "quant", "adapter"]
+    many = [key for key in ("model", "adapter") if len({parts(row, [key]) for row in rows}) > 1]
+    keys: list[str] = [key for key in ("model", "quant", "adapter") if key == "quant" or key in many]
     keys += ["dtype"] if len({parts(row, keys) for row in rows}) < len(rows) else []
     keys += ["device"] if len({parts(row, ["device"]) for row in rows}) > 1 else []
     labels = [parts(row, keys) for row in rows]

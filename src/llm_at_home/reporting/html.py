@@ -17,6 +17,7 @@ from llm_at_home.reporting.facts import clean
 from llm_at_home.reporting.figures import charts
 from llm_at_home.reporting.load import Loaded
 from llm_at_home.reporting.overview import Overview
+from llm_at_home.reporting.scatter import plots
 
 
 def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path) -> Path:
@@ -39,6 +40,7 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
     page = environment.get_template("report.html.jinja").render(
         tables=tables,
         charts={table.key: charts(table) for table in tables},
+        plots={table.key: plots(table) for table in tables},
         overview=overview,
         left_out=loaded.left_out,
         href=href,

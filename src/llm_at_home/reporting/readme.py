@@ -1,18 +1,21 @@
-"""Writes the README's tables from committed records: ``python -m llm_at_home.reporting.readme README.md``.
+"""Writes the tables of README and docs from committed records: ``python -m llm_at_home.reporting.readme README.md``.
 
 A table stands between ``<!-- table: KEY FOLDER COLUMN ... -->`` and ``<!-- end -->``; what is between is replaced.
+``COLUMN:interval`` shows each value with its 95 % interval. FOLDER is relative to the project's root.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from llm_at_home.errors import Refusal
 from llm_at_home.reporting import load, tables
 from llm_at_home.reporting.cells import EN_DASH, Cell, Column, Table
 
+INTERVAL = ":interval"
 BLOCK = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,16 +34,18 @@ def _block(words: list[str], root: Path) -> str:
     if key not in made:
         raise Refusal(f"the records in {folder} make no table {key!r}, only {', '.join(made)}")
     columns = {column.key: column for column in made[key].columns}
-    missing = [name for name in names if name not in columns]
+    plain = [name.removesuffix(INTERVAL) for name in names]
+    missing = [name for name in plain if name not in columns]
     if missing:
         raise Refusal(f"the table {key} has no column {missing[0]!r}; it has {', '.join(columns)}")
-    return markdown(made[key], [columns[name] for name in names])
+    intervals = {name.removesuffix(INTERVAL) for name in names if name.endswith(INTERVAL)}
+    return markdown(made[key], [columns[name] for name in plain], intervals)
 
 
-def markdown(table: Table, columns: list[Column]) -> str:
-    """The chosen columns as a Markdown table, a line a row."""
+def markdown(table: Table, columns: list[Column], intervals: Collection[str] = ()) -> str:
+    """The chosen columns as a Markdown table, a line a row; ``intervals`` names the columns that show theirs."""
     lines = [[_title(column) for column in columns], ["---"] * len(columns)]
-    lines += [[_text(row.cells[column.key]) for column in columns] for row in table.rows]
+    lines += [[_text(row.cells[column.key], column.key in intervals) for column in columns] for row in table.rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -48,9 +53,18 @@ def _title(column: Column) -> str:
     return f"{column.title} ({column.unit})" if column.unit else column.title
 
 
-def _text(cell: Cell) -> str:
+def _text(cell: Cell, interval: bool) -> str:
     said = [entry.text if entry.value is not None else EN_DASH for entry in cell.entries]
+    if interval:
+        ends = [f" [{entry.interval.replace(EN_DASH, ', ')}]" if entry.interval else "" for entry in cell.entries]
+        said = [value + end for value, end in zip(said, ends, strict=True)]
     return " → ".join(said).replace("|", "\\|")
+
+
+def _root(path: Path) -> Path:
+    """The project's folder, for a page of any depth below it."""
+    above = path.resolve().parents
+    return next((folder for folder in above if (folder / "pyproject.toml").is_file()), above[0])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in (argv if argv is not None else sys.argv[1:]) or ["README.md"]:
         path = Path(name)
         try:
-            path.write_text(render(path.read_text(encoding="utf-8"), path.resolve().parent), encoding="utf-8")
+            path.write_text(render(path.read_text(encoding="utf-8"), _root(path)), encoding="utf-8")
         except Refusal as refusal:
             print(f"refused: {refusal}", file=sys.stderr)
             return 2

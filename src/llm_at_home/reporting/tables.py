@@ -1,7 +1,8 @@
-"""From records to the four tables: the one place where columns are decided."""
+"""From records to the rows of the five tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -9,113 +10,42 @@ from pathlib import Path
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import facts, published
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Entry, Row, Table, number, text, unknown
+from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED
 from llm_at_home.reporting.load import Loaded, Run
 
-KEYS = ("inference", "finetuning", "evaluations", "unfinished")
+KEYS = ("inference", "finetuning", "quantization", "evaluations", "unfinished")
 RANDOM = "random weights"
 EMULATED = "emulated card"
+DEQUANTIZED = "dequantized weights"
+SHORT = "fewer texts"
+REDRAWN = "another draw"
 _MARK_NOTES = {
     RANDOM: "random weights: the architecture without its weights, so memory, speed and energy only",
     EMULATED: "emulated card: memory is a result; speed and energy are those of the host's card",
+    DEQUANTIZED: "dequantized weights: fidelity is theirs, without what the format's own kernels round beside",
+    SHORT: "fewer texts: limit= kept to the first ones, so its fidelity stands beside no other row's",
+    REDRAWN: "another draw: the baseline gave other answers, so own answers stand beside no other draw's",
 }
 _UNJUDGED = "no judge has scored this run yet: python evaluate.py task=judge answers=RUN_FOLDER"
 _UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge with a baseline=RUN_FOLDER"
 _UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
 _NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
+_UNRUN = "no inference run of this model, quantization, dtype and device yet: python infer.py"
+_UNMADE = {
+    "make_time": "nothing was made: weights loaded as they are, quantized while loading, or read as published",
+    "checkpoint_size": "no quantized checkpoint: weights loaded as they are or quantized while loading",
+}
+_FIDELITY = {
+    "perplexity_ratio": "perplexity ratio",
+    "kl_divergence_mean": "KL mean",
+    "kl_divergence_p99": "KL p99",
+    "top1_agreement": "top-1",
+}
 _SCORES = ("judge_score_mean", "judge_score")
-
-_MODEL = Column("model", "Model", kind="text", terminal="Model")
-_QUANT = Column("quant", "Quant", kind="text", terminal="Quant")
-_ADAPTER = Column("adapter", "Adapter", kind="text", terminal="Adapter")
-_DEVICE = Column("device", "Device", kind="text")
-_MEMORY = tuple(
-    Column(key, title, "Memory", unit="GB", better="lower", terminal=terminal)
-    for key, title, terminal in (
-        ("torch_allocated_peak", "torch allocated, peak", "Mem GB"),
-        ("torch_reserved_peak", "torch reserved, peak", ""),
-        ("process_memory_peak", "process, peak", ""),
-        ("resident_set_peak", "resident set, peak", "RSS GB"),
-    )
-)
-_ENERGY = (
-    Column("energy_gross", "gross", "Energy", unit="Wh", decimals=2, better="lower"),
-    Column("energy_net", "net", "Energy", unit="Wh", decimals=2, better="lower"),
-)
-INFERENCE = (
-    _MODEL,
-    _QUANT,
-    _ADAPTER,
-    Column("dtype", "Dtype", kind="text"),
-    _DEVICE,
-    Column("kernel", "Kernel", kind="text"),
-    Column("batch_size", "Batch", decimals=0),
-    *_MEMORY,
-    Column("time_to_first_token", "first token", "Speed", unit="s", decimals=3, better="lower"),
-    Column("prefill_tokens_per_second", "prefill", "Speed", unit="tokens/s", decimals=1, better="higher"),
-    Column(
-        "decode_tokens_per_second",
-        "decode",
-        "Speed",
-        unit="tokens/s",
-        decimals=1,
-        better="higher",
-        terminal="Tok/s",
-    ),
-    Column("output_tokens_per_second", "with prompts", "Speed", unit="tokens/s", decimals=1, better="higher"),
-    Column("time_scaled_40k", "scaled to 40,000 tokens", "Speed", unit="h", better="lower"),
-    *_ENERGY,
-    Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token"),
-    Column("energy_scaled_40k", "scaled to 40,000 tokens", "Energy", unit="Wh", decimals=1, better="lower"),
-    Column("judge_score", "judge score", "Quality", "many", better="higher", terminal="Score"),
-    Column("win_rate", "win rate", "Quality", "many", unit="%", decimals=1, better="higher"),
-)
-_AFTER = (
-    Column("exact_match", "exact match", unit="%", decimals=1, better="higher", terminal="EM %"),
-    Column("token_f1", "token F1", unit="%", decimals=1, better="higher"),
-    Column("refusal_recall", "refusal recall", unit="%", decimals=1, better="higher"),
-    Column("false_refusal_rate", "false refusals", unit="%", decimals=1, better="lower"),
-    Column("perplexity_home_bench", "perplexity, home_bench", better="lower", terminal="PPL"),
-)
-FINETUNING = (
-    _MODEL,
-    _QUANT,
-    _ADAPTER,
-    _DEVICE,
-    Column("trainable_parameters", "Trainable parameters", decimals=0),
-    Column("steps", "Steps", decimals=0),
-    *_MEMORY,
-    Column("steps_per_second", "steps", "Speed", unit="steps/s", decimals=3, better="higher", terminal="Steps/s"),
-    Column("tokens_per_second", "tokens", "Speed", unit="tokens/s", decimals=0, better="higher"),
-    *_ENERGY,
-    Column("energy_per_step", "per step", "Energy", unit="J/step", decimals=1, better="lower", terminal="J/step"),
-    Column("loss_first", "first", "Loss", decimals=3, better="lower"),
-    Column("loss_last", "last", "Loss", decimals=3, better="lower", terminal="Loss"),
-    *(replace(column, group="Quality, before → after", kind="pair") for column in _AFTER),
-)
-EVALUATIONS = (
-    Column("evaluation", "Evaluation", kind="text", terminal="Evaluation"),
-    _MODEL,
-    _QUANT,
-    _ADAPTER,
-    Column("on", "Questions or data", kind="text", terminal="On"),
-    Column("figures", "Figures", kind="many", terminal="Figures"),
-    Column("judgments", "made", "Judgments", decimals=0, terminal="Judgments"),
-    Column("judgments_missing", "missing", "Judgments", decimals=0, better="lower", terminal="Missing"),
-)
-UNFINISHED = (
-    Column("task", "Task", kind="text", terminal="Task"),
-    Column("status", "Status", kind="text", terminal="Status"),
-    _MODEL,
-    _QUANT,
-    replace(_ADAPTER, terminal=""),
-    replace(_DEVICE, terminal=""),
-    Column("error", "Error", kind="text", terminal="Error"),
-    Column("folder", "Folder", kind="text", terminal="Folder"),
-)
 
 
 def build(loaded: Loaded) -> tuple[Table, ...]:
-    """The tables of inference, fine-tuning, evaluations and unfinished runs; one without rows is left out."""
+    """The tables of :data:`KEYS`; one without rows is left out."""
     book = _Book(loaded)
     made = (
         _table(
@@ -133,6 +63,14 @@ def build(loaded: Loaded) -> tuple[Table, ...]:
             FINETUNING,
             book,
             book.finetuning,
+        ),
+        _table(
+            "quantization",
+            "Quantization",
+            "What each quantization costs, and what it loses against its own unquantized baseline, least lossy first.",
+            QUANTIZATION,
+            book,
+            book.quantization,
         ),
         _table("evaluations", "Evaluations", "Every scoring of a run.", EVALUATIONS, book, book.evaluation),
         _table(
@@ -162,9 +100,11 @@ def _table(
             rows.append(Row(cells, run.path, _marks(run.record, key), run))
     if key in ("inference", "finetuning"):
         rows.sort(key=lambda row: str(row.cells["model"].sort_value))
+    if key == "quantization":
+        rows.sort(key=_by_divergence)
     # A kind of memory that none of the devices defines would be a column of dashes.
     defined = {name for row in rows if row.run for name in _defined_memory(row.run.record)}
-    columns = tuple(c for c in columns if c not in _MEMORY or c.key in defined)
+    columns = tuple(c for c in columns if c not in MEMORY or c.key in defined)
     return Table(key, title, caption, columns, tuple(rows), _MARK_NOTES)
 
 
@@ -175,6 +115,7 @@ class _Book:
         self.runs = loaded.runs
         finished = [r for r in loaded.runs if r.record.task == "evaluate" and r.record.status == "ok"]
         self.judged = [r for r in finished if facts.evaluation(r.record) == "judge"]
+        self.bare = [r for r in loaded.runs if r.record.task == "infer" and _is_bare(r.record)]
         self.tested = [r for r in finished if facts.evaluation(r.record) == "text"]
         # An adapter may come from a training run that a newer one of the same config has replaced.
         trained = [r for r in (*loaded.superseded, *loaded.runs) if r.record.task == "train"]
@@ -224,6 +165,32 @@ class _Book:
                 cells[column.key] = Cell((_measured(column, run),))
         return cells
 
+    def quantization(self, run: Run) -> dict[str, Cell] | None:
+        record = run.record
+        if record.task != "evaluate" or facts.evaluation(record) != "fidelity":
+            return None
+        ran = self._inference_of(record)
+        cells = self._who(run)
+        cells["dtype"] = text(facts.name_at(record.config, "dtype"))
+        # Fidelity may be measured on another kernel than the one that the speed is of.
+        kernel = facts.kernel((ran or run).record)
+        cells["kernel"] = text(kernel) if kernel else Cell((unknown("the record names no kernel"),))
+        for column in QUANTIZATION:
+            if column.key not in cells:
+                cells[column.key] = Cell((_cost_or_loss(column, run, ran),))
+        return cells
+
+    def _inference_of(self, record: Record) -> Run | None:
+        """The run whose cost is that of the model measured: a finished one first, then small batches, then newest."""
+        alike = [run for run in self.bare if _same_model(run.record) == _same_model(record)]
+        finished = [run for run in alike if run.record.status == "ok"]
+
+        def order(run: Run) -> tuple[float, float]:
+            size = facts.at(run.record.config, "engine", "batch_size")
+            return (size if isinstance(size, int) else 1, -run.when.timestamp())
+
+        return min(finished or alike, key=order, default=None)
+
     def evaluation(self, run: Run) -> dict[str, Cell] | None:
         record = run.record
         if record.task != "evaluate":
@@ -233,8 +200,8 @@ class _Book:
         cells["evaluation"] = text(kind, run.path)
         # A judge reads the questions that the judged run was asked.
         on = facts.name_at(facts.about(record), "questions" if kind == "judge" else "data", "name")
-        cells["on"] = text(on)
-        figures = tuple(_figure(name, record.quality[name], run) for name in _headlines(record.quality))
+        cells["on"] = text("held-out texts" if kind == "fidelity" else on)
+        figures = tuple(_figure(name, record.quality[name], run) for name in _headlines(kind, record.quality))
         cells["figures"] = Cell(figures or (unknown(_unmeasured(record)),))
         for key in ("judgments", "judgments_missing"):
             why = NO_READING if kind == "judge" else "not an evaluation by a judge"
@@ -257,7 +224,7 @@ class _Book:
     def _who(self, run: Run) -> dict[str, Cell]:
         return {
             "model": text(facts.model(run.record), run.path),
-            "quant": text(facts.quant(run.record)),
+            "quant": text(", ".join(facts.quant_words(run.record))),
             "adapter": text(self._adapter(run.record.task, run.record.config, run.record.subject)),
             "device": text(facts.device(run.record)),
         }
@@ -289,8 +256,7 @@ class _Book:
 
     def _before(self, trained: Record, after: Run | None) -> tuple[Run | None, str]:
         def same(record: Record) -> bool:
-            bare = not record.subject and not facts.at(record.config, "adapter_path")
-            return bare and _kin(record, trained)
+            return _is_bare(record) and _kin(record, trained)
 
         bare = [run for run in self.tested if same(run.record)]
         if not after:
@@ -305,9 +271,39 @@ class _Book:
 def _kin(record: Record, other: Record) -> bool:
     # The same model, quantization and data.
     data = [facts.name_at(one.config, "data", "name") for one in (record, other)]
-    return (
-        data[0] == data[1] and facts.model(record) == facts.model(other) and facts.quant(record) == facts.quant(other)
-    )
+    quants = [facts.quant_words(one) for one in (record, other)]
+    return data[0] == data[1] and facts.model(record) == facts.model(other) and quants[0] == quants[1]
+
+
+def _is_bare(record: Record) -> bool:
+    return not record.subject and not facts.at(record.config, "adapter_path")
+
+
+def _same_model(record: Record) -> tuple[object, ...]:
+    # The whole groups: a name is shared by quantizations of other bits, and by models with and without weights.
+    groups = [facts.at(record.config, key) for key in ("model", "quant", "dtype")]
+    return (*groups, facts.device(record))
+
+
+def _by_divergence(row: Row) -> tuple[str, float]:
+    # Divergences of two models are nothing to rank by.
+    divergence = row.cells["kl_divergence_mean"].sort_value
+    known = divergence if isinstance(divergence, float) else math.inf
+    return str(row.cells["model"].sort_value), known
+
+
+def _cost_or_loss(column: Column, run: Run, ran: Run | None) -> Entry:
+    """A figure of the fidelity run, or of the inference run that it stands beside."""
+    if column.group == "Fidelity":
+        return _measured(column, run)
+    runs = [one for one in (ran, run) if one is not None]
+    known = (one for one in runs if (reading := one.record.readings.get(column.key)) and reading.value is not None)
+    found = next(known, None)
+    if found is None and column.key in _UNMADE and any(one.record.status == "ok" for one in runs):
+        return unknown(_UNMADE[column.key])
+    if found is None and ran is None:
+        return unknown(_UNRUN)
+    return _measured(column, found or runs[0])
 
 
 def _preferred(runs: Iterable[Run]) -> Run | None:
@@ -334,7 +330,7 @@ def _defined_memory(record: Record) -> tuple[str, ...]:
 
 def _measured(column: Column, run: Run) -> Entry:
     record = run.record
-    if column in _MEMORY and column.key not in _defined_memory(record):
+    if column in MEMORY and column.key not in _defined_memory(record):
         return unknown(
             "a figure of CUDA devices; this run was on a CPU"
             if facts.on_cpu(record)
@@ -358,6 +354,10 @@ def _scored(column: Column, run: Run | None, missing: str, label: str) -> Entry:
 
 
 def _figure(name: str, reading: Reading, run: Run) -> Entry:
+    if name in _FIDELITY:
+        column = _column(QUANTIZATION, name)
+        entry = column.entry(reading, run.path, _FIDELITY[name])
+        return replace(entry, text=f"{entry.text} %") if column.unit == "%" and entry.value is not None else entry
     share = reading.unit == "1" and any(name.endswith(end) for end in ("match", "f1", "recall", "rate"))
     column = Column(name, name, unit="%" if share else None, decimals=1 if share else 2)
     entry = column.entry(reading, run.path, facts.clean(name).replace("_", " "))
@@ -373,7 +373,10 @@ def _steps(run: Run) -> Entry:
     return unknown(_unmeasured(run.record))
 
 
-def _headlines(quality: Iterable[str]) -> list[str]:
+def _headlines(kind: str, quality: Iterable[str]) -> list[str]:
+    if kind == "fidelity":
+        # The table of quantizations has the others.
+        return [name for name in _FIDELITY if name in quality]
     # A judge's record has its figures for each category too: sixteen more, which stay a click away.
     whole = (*_SCORES, "win_rate")
     return [
@@ -393,6 +396,17 @@ def _count(record: Record, name: str, source: Path, why: str) -> Entry:
 def _marks(record: Record, table: str) -> tuple[str, ...]:
     marks = [RANDOM] if facts.has_random_weights(record) else []
     marks += [EMULATED] if facts.emulated(record) else []
+    marks += _fidelity_marks(record) if table == "quantization" else []
     # The table of unfinished runs has a column for it.
     marks += [record.status.replace("_", " ")] if record.status != "ok" and table != "unfinished" else []
     return tuple(marks)
+
+
+def _fidelity_marks(record: Record) -> list[str]:
+    divergence = record.quality.get("kl_divergence_mean")
+    said = {
+        DEQUANTIZED: divergence is not None and "dequantized_weights" in divergence.method,
+        SHORT: facts.at(record.config, "limit") is not None,
+        REDRAWN: facts.at(record.config, "fidelity", "answers_seed") not in (None, 0),
+    }
+    return [mark for mark, holds in said.items() if holds]

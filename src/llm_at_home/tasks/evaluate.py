@@ -115,7 +115,6 @@ def _fidelity(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     from llm_at_home.quantization.base import describe_kernel, load_base, method_of
     from llm_at_home.quantization.size import size_readings
 
-    fidelity.check(config)
     options = config["fidelity"]
     tokenizer = load_tokenizer(config["model"])
     baseline = Baseline(config, tokenizer)

@@ -14,7 +14,7 @@ from llm_at_home.adapters.attach import adapter_folder
 from llm_at_home.data.questions import questions_hash
 from llm_at_home.data.sources import data_hash
 from llm_at_home.errors import Refusal
-from llm_at_home.evaluation import judge
+from llm_at_home.evaluation import fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
 from llm_at_home.quantization import base
@@ -193,6 +193,7 @@ def _check_evaluate(config: Mapping[str, Any]) -> None:
         raise Refusal("random weights have no quality to measure: use model.weights=pretrained")
     elif config["task"] == "fidelity":
         resolve_dtype(config["fidelity"]["baseline_dtype"], config["gpu"])
+        fidelity.check(config)
     elif config["data"]["source"] == SYNTHETIC:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
 
@@ -230,6 +231,11 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
         from llm_at_home.data.texts import texts_hash
 
         found["texts"] = texts_hash("held_out")
+        if config["fidelity"]["baseline_source"]:
+            named = {**config["model"], "source": config["fidelity"]["baseline_source"]}
+            found["baseline_model"] = source.identity(named)
+    if config.get("task") in ("fidelity", "text"):
+        found["home_bench"] = questions_hash("home_bench")
     for key in ("answers", "baseline"):
         if config.get(key):
             found[key] = hashing.folder_hash(store.run_folder(config[key]), ["answers.jsonl"])

@@ -14,6 +14,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.evaluation.fidelity import HELD_OUT, OWN_ANSWERS, ROWS, SUFFIXES
 from llm_at_home.evaluation.fidelity.figures import FIGURES, Sums
 from llm_at_home.evaluation.statistics import bootstrap_draws, interval95, smallest_detectable
+from llm_at_home.quantization.naming import quant_words
 from llm_at_home.records import store
 from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Record
@@ -58,32 +59,10 @@ def sets_of(record: Record) -> dict[str, dict[str, str]]:
     return found if isinstance(found, dict) else {}
 
 
-# Words for what a configuration of ``quant`` says beside its name; a value that is not here goes without saying.
-WORDS: dict[str, dict[Any, str]] = {
-    "scheme": {"symmetric": "symmetric"},
-    "sym": {True: "symmetric"},
-    "desc_act": {True: "act-order"},
-    "algorithm": {"hqq": "hqq"},
-    "activation": {"dynamic": "activations too"},
-}
-
-
 def describe(config: Mapping[str, Any]) -> str:
     """A quantization in a few words: bits and group size where its name alone does not tell them."""
-    quant = config["quant"]
-    words = [str(quant["name"])]
-    if quant.get("bits") is not None and not any(character.isdigit() for character in words[0]):
-        words.append(f"{quant['bits']:g} bits")
-    if quant.get("target_bits") is not None:
-        words.append(f"{quant['target_bits']:g} bits on average")
-    if quant.get("granularity", "group") != "group":
-        words.append(f"per {quant['granularity']}")
-    elif quant.get("group_size"):
-        words.append(f"groups of {quant['group_size']}")
-    if quant.get("path") or quant.get("type"):
-        words.append(Path(quant["path"]).name if quant.get("path") else str(quant["type"]))
-    words += [said[quant[key]] for key, said in WORDS.items() if quant.get(key) in said]
-    if quant["name"] == "none" or config["dtype"] != config["fidelity"]["baseline_dtype"]:
+    words = quant_words(config["quant"])
+    if config["quant"]["name"] == "none" or config["dtype"] != config["fidelity"]["baseline_dtype"]:
         words.append(config["dtype"])
     return ", ".join(words)
 
