@@ -5,7 +5,7 @@ python evaluate.py -m experiment=fidelity quant=rtn quant.group_size=32 quant.bi
 python evaluate.py -m experiment=fidelity quant=none dtype=float32,bfloat16
 python evaluate.py -m experiment=fidelity quant=none,nf4 fidelity.answers_seed=0,1
 python benchmarks/fidelity_table.py multirun/evaluate
-python benchmarks/fidelity_table.py results/two_core_cpu/fidelity
+python benchmarks/fidelity_table.py results/two_core_cpu/methods
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Every quantization method that runs on this machine, what it costs and what it loses, on the embedded model.
 
     python benchmarks/methods.py --out results/two_core_cpu/methods
-    python benchmarks/methods.py --table results/two_core_cpu/methods
+    python benchmarks/fidelity_table.py results/two_core_cpu/methods
 
 A row is one ``infer.py experiment=methods`` (speed, memory, kernel) and one ``evaluate.py experiment=fidelity`` (what
 is lost), each in a process of its own. What is there is not run again: the same command goes on where it stopped.
-Checkpoints are made first where the cache lacks them: minutes each for GPTQ and AWQ.
+Checkpoints are made first where the cache lacks them: minutes each for GPTQ and AWQ. The table of all rows is the
+report's (``make report``, ``make readme``); ``fidelity_table.py`` adds paired comparisons.
 """
 
 from __future__ import annotations
@@ -16,10 +17,6 @@ import time
 from pathlib import Path
 
 import rows as common
-
-from llm_at_home.records import store
-from llm_at_home.records.schema import Record
-from llm_at_home.reporting import facts
 
 METHODS = {
     "none_float32": ["quant=none", "dtype=float32"],
@@ -73,57 +70,13 @@ def measure(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def table(folder: Path) -> str:
-    """The rows below a folder as a Markdown table, the least lossy first."""
-    titles = [
-        *("method", "dtype", "kernel", "make (s)", "load (s)", "on disk (GB)", "bits per weight", "in memory (GB)"),
-        *("process, peak (GB)", "decode (tokens/s)", "perplexity", "KL divergence (nats/token)", "top-1 agreement"),
-    ]
-    found = [(path.parent.parent.name, path.parent.parent) for path in folder.glob(f"*/fidelity/{store.RECORD}")]
-    rows = [(name, *(_half(where, half) for half in HALVES)) for name, where in found]
-    rows.sort(key=lambda row: row[2].quality["kl_divergence_mean"].value or 0.0)
-    return common.markdown([titles, *(_cells(*row) for row in rows)])
-
-
-def _half(folder: Path, half: str) -> Record | None:
-    return store.load(folder / half) if (folder / half / store.RECORD).is_file() else None
-
-
-def _cells(name: str, infer: Record | None, fidelity: Record) -> list[str]:
-    readings = {**fidelity.readings, **(infer.readings if infer else {})}
-
-    def cell(key: str, digits: int) -> str:
-        return common.text(readings.get(key), digits)
-
-    quality = fidelity.quality
-    divergence = quality["kl_divergence_mean"]
-    low, high = divergence.interval95 or (None, None)
-    interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-    return [
-        name,
-        str((infer or fidelity).config["dtype"]),
-        facts.kernel(infer or fidelity) or common.DASH,
-        *(cell("make_time", 0), cell("load_time", 1), cell("checkpoint_size", 3), cell("bits_per_weight", 2)),
-        *(cell("model_size", 3), cell("resident_set_peak", 2), cell("decode_tokens_per_second", 1)),
-        common.text(quality["perplexity"], 2),
-        common.text(divergence, 4) + interval,
-        common.text(quality["top1_agreement"], 3),
-    ]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="measure, and keep each row's records below this folder")
-    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--out", type=Path, required=True, help="keep each row's records below this folder")
     parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS), metavar="ROW")
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after so many (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-        return 0
-    return measure(args)
+    return measure(parser.parse_args())
 
 
 if __name__ == "__main__":

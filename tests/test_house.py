@@ -70,8 +70,9 @@ def test_every_command_in_the_readme_composes(line):
         compose(script.removesuffix(".py"), singles)
 
 
-def test_the_readme_s_tables_are_those_of_the_committed_records():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/quantization.md"])
+def test_a_page_s_tables_are_those_of_the_committed_records(page):
+    text = (ROOT / page).read_text()
     assert "<!-- table:" in text
     assert readme.render(text, ROOT) == text, "run `make readme`"
 
