@@ -17,32 +17,40 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MLFLOW_DIS
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with SmolLM2's tokenizer: real code paths in milliseconds."""
+def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random two-layer Llama with SmolLM2's tokenizer, ``save_llama(name, **shape)``, and give its folder."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from llm_at_home.models.embedded import ensure_converted
 
-    tokenizer = AutoTokenizer.from_pretrained(ensure_converted())
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    def save(name: str, **shape: int) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(ensure_converted())
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+            **shape,
+        )
+        folder = tmp_path_factory.mktemp("models") / name
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(save_llama: Callable[..., Path]) -> Path:
+    """Real code paths in milliseconds."""
+    return save_llama("tiny", hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture

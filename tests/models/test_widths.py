@@ -25,19 +25,22 @@ def model(where, weights="pretrained", architecture=None):
     }
 
 
-def real_widths(folder):
+def real_sides(folder):
     from transformers import AutoModelForCausalLM
 
     from llm_at_home.quantization.layers import linear_layers
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    return {layer.in_features for _, layer in linear_layers(loaded)}
+    layers = dict(linear_layers(AutoModelForCausalLM.from_pretrained(folder))).values()
+    return {layer.in_features for layer in layers}, {layer.out_features for layer in layers}
+
+
+def sides(where):
+    return source.widths(model(where)), source.outputs(model(where))
 
 
 def test_widths_of_a_folder_and_of_the_embedded_model_are_the_real_ones(tiny_model):
-    assert source.widths(model(tiny_model)) == real_widths(tiny_model)
-    assert source.widths(model("embedded")) == source.widths(model(ensure_converted()))
-    assert source.widths(model("embedded")) == real_widths(ensure_converted())
+    assert sides(tiny_model) == real_sides(tiny_model)
+    assert sides("embedded") == sides(ensure_converted()) == real_sides(ensure_converted())
 
 
 def test_heads_that_do_not_add_up_to_the_stream_have_a_width_of_their_own(tmp_path):

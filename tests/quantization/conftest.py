@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+from llm_at_home.adapters.attach import prepare_for_training
 from llm_at_home.tasks import resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
+LORA = {
+    "name": "lora",
+    "trains": "adapter",
+    "_target_": "peft.LoraConfig",
+    "task_type": "CAUSAL_LM",
+    "r": 4,
+    "target_modules": "all-linear",
+}
+
+
 @pytest.fixture(scope="session")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with widths that are multiples of 64, and SmolLM2's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from llm_at_home.models.embedded import ensure_converted
-
-    tokenizer = AutoTokenizer.from_pretrained(ensure_converted())
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def wide_model(save_llama: Callable[..., Path]) -> Path:
+    """A model whose widths are multiples of 64, which every kernel takes."""
+    return save_llama("wide", hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture
@@ -62,3 +54,32 @@ def resolved(command: str, model: Path, *overrides: str) -> dict[str, Any]:
     config = resolve.resolve(command, composed, words)
     resolve.check(command, config)
     return config
+
+
+def loadable(model: Path, quant: dict[str, Any], dtype: str = "float32", **more: Any) -> dict[str, Any]:
+    """What loading a local model needs of a resolved configuration."""
+    group = {
+        "name": "tiny",
+        "source": str(model),
+        "revision": None,
+        "weights": "pretrained",
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "chat_template": None,
+        "architecture": None,
+    }
+    return {"model": group, "quant": quant, "dtype": dtype, "gpu": {"name": "cpu", "device": "cpu"}, **more}
+
+
+def lora_gradients(model: Any, adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The gradients of a LoRA whose second factors are not zero, after a forward pass without gradients."""
+    torch.manual_seed(0)
+    wrapped = prepare_for_training(model, adapter)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(100, 140).reshape(2, 20)
+    with torch.no_grad():
+        wrapped(input_ids=ids)  # after which bitsandbytes would repack its weights
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.float() for name, p in wrapped.named_parameters() if p.requires_grad}

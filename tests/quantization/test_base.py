@@ -7,17 +7,10 @@ import copy
 import pytest
 import torch
 
-from llm_at_home.adapters.attach import prepare_for_training
 from llm_at_home.quantization import base, bitsandbytes
 
-LORA = {
-    "name": "lora",
-    "trains": "adapter",
-    "_target_": "peft.LoraConfig",
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "target_modules": "all-linear",
-}
+from .conftest import LORA, loadable, lora_gradients
+
 NF4 = {
     "name": "nf4",
     "method": "bitsandbytes",
@@ -32,23 +25,9 @@ INT8 = {
 }
 
 
-def config(tiny_model, quant, **more):
-    model = {
-        "name": "tiny",
-        "source": str(tiny_model),
-        "revision": None,
-        "weights": "pretrained",
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "chat_template": None,
-        "architecture": None,
-    }
-    return {"model": model, "quant": quant, "dtype": "float32", "gpu": {"device": "cpu"}, **more}
-
-
 @pytest.mark.parametrize(("quant", "kind"), [(NF4, "Linear4bit"), (INT8, "Linear8bitLt")])
 def test_the_kernel_is_named_and_no_layer_is_left_plain(tiny_model, quant, kind):
-    model = base.load_base(config(tiny_model, quant))
+    model = base.load_base(loadable(tiny_model, quant))
     kernel = base.describe_kernel(model)
     assert kernel["layers"] == {kind: 14}
     assert kernel["backend"].startswith("bitsandbytes cpu")
@@ -64,7 +43,7 @@ def test_a_layer_that_stays_plain_is_an_error(tiny_model, monkeypatch):
 
     monkeypatch.setattr(bitsandbytes, "load", with_one_plain_layer)
     with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj"):
-        base.load_base(config(tiny_model, NF4))
+        base.load_base(loadable(tiny_model, NF4))
 
 
 def dequantized(model):
@@ -81,29 +60,16 @@ def dequantized(model):
     return dense
 
 
-def gradients(model):
-    torch.manual_seed(0)
-    wrapped = prepare_for_training(model, LORA)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    ids = torch.arange(100, 140).reshape(2, 20)
-    with torch.no_grad():
-        wrapped(input_ids=ids)  # the forward pass after which bitsandbytes would repack its weights
-    wrapped(input_ids=ids, labels=ids).loss.backward()
-    return {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
-
-
 def test_gradients_on_nf4_equal_those_of_its_dequantized_copy(tiny_model):
-    quantized = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    quantized = base.load_base(loadable(tiny_model, NF4, adapter=LORA))
     dense = dequantized(quantized)
-    expected, found = gradients(dense), gradients(quantized)
+    expected, found = lora_gradients(dense, LORA), lora_gradients(quantized, LORA)
     for (name, a), (_, b) in zip(expected.items(), found.items(), strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-3, name
 
 
 def test_a_training_run_keeps_the_kernel_with_right_gradients(tiny_model):
-    for_training = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    for_training = base.load_base(loadable(tiny_model, NF4, adapter=LORA))
     layers = [m for m in for_training.modules() if type(m).__name__ == "Linear4bit"]
     assert layers
     assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
@@ -120,21 +86,21 @@ def test_random_weights_are_quantized_as_read_ones_are(tiny_model, quant, kind):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    options = config(tiny_model, quant, adapter=LORA)
+    options = loadable(tiny_model, quant, adapter=LORA)
     options["model"] |= {"weights": "random", "architecture": shape}
     model = base.load_base(options)
     assert base.describe_kernel(model)["layers"] == {kind: 14}
-    read = base.load_base(config(tiny_model, quant, adapter=LORA))
+    read = base.load_base(loadable(tiny_model, quant, adapter=LORA))
     for ours, theirs in zip(model.model.layers.parameters(), read.model.layers.parameters(), strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
-    found = {name: g for name, g in gradients(model).items() if "lora_A" in name}
+    found = {name: g for name, g in lora_gradients(model, LORA).items() if "lora_A" in name}
     assert found
     assert all(torch.isfinite(g).all() and float(g.abs().sum()) > 0 for g in found.values())
 
 
 def test_random_dense_weights_compute_what_the_architecture_computes(tiny_model):
-    options = config(tiny_model, {"name": "none", "method": "dense", "bits": None})
+    options = loadable(tiny_model, {"name": "none", "method": "dense", "bits": None})
     options["model"]["weights"] = "random"
     model = base.load_base(options)
     ids = torch.arange(20).reshape(1, 20)
@@ -150,12 +116,12 @@ def test_random_dense_weights_compute_what_the_architecture_computes(tiny_model)
 def test_the_kernel_that_is_chosen_at_the_first_call_is_named(tiny_model):
     from bitsandbytes.functional import has_avx512bf16
 
-    model = base.load_base(config(tiny_model, NF4))
+    model = base.load_base(loadable(tiny_model, NF4))
     assert "avx512bf16" not in base.describe_kernel(model)["backend"]
     with torch.inference_mode():
         model(torch.arange(20).reshape(1, 20))
     assert ("avx512bf16" in base.describe_kernel(model)["backend"]) == has_avx512bf16()
-    for_training = base.load_base(config(tiny_model, NF4, adapter=LORA))
+    for_training = base.load_base(loadable(tiny_model, NF4, adapter=LORA))
     with torch.inference_mode():
         for_training(torch.arange(20).reshape(1, 20))
     assert "avx512bf16" not in base.describe_kernel(for_training)["backend"]

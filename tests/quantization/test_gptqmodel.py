@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_at_home.adapters.attach import prepare_for_training
 from llm_at_home.errors import Refusal
-from llm_at_home.quantization import base, gptq_checkpoint
+from llm_at_home.quantization import base, gptq_checkpoint, gptqmodel
 from llm_at_home.quantization.size import size_readings
 from llm_at_home.records import store
 
-from .conftest import resolved
+from .conftest import lora_gradients, resolved
 
 FEW = ["quant.group_size=32", "quant.calibration.limit=4", "quant.calibration.max_length=64"]
 IDS = torch.arange(100, 140).reshape(2, 20)
@@ -197,7 +196,7 @@ def test_a_published_checkpoint_computes_what_its_codes_say(
 def test_what_gptqmodel_cannot_read_ends_in_one_line(wide_model, tmp_path):
     folder, _ = published(wide_model, tmp_path / "published", autogptq, {**AUTOGPTQ, "sym": False})
     with pytest.raises(Refusal, match="sym=False"):
-        base.load_base(resolved("infer", folder, "quant=gptq", "quant.sym=false"))
+        base.load_base(resolved("infer", folder, "quant=gptq"))
 
 
 def test_a_checkpoint_is_called_what_it_is(wide_model, tmp_path):
@@ -209,10 +208,43 @@ def test_a_checkpoint_is_called_what_it_is(wide_model, tmp_path):
     ):
         with pytest.raises(Refusal, match=hint):
             resolved("infer", folder, *words)
-    with pytest.raises(Refusal, match="use quant=gptq"):
-        base.load_base(resolved("infer", folder, "quant=awq"))
-    with pytest.raises(Refusal, match=r"give quant\.bits=4"):
-        base.load_base(resolved("infer", folder, "quant=gptq", "quant.bits=8"))
+    for words, hint in (
+        (["quant=awq"], "use quant=gptq"),
+        (["quant=gptq", "quant.bits=8"], r"give quant\.bits=4"),
+        (["quant=gptq", "quant.group_size=64"], r"give quant\.group_size=32"),
+        (["quant=gptq", "quant.sym=false"], r"give quant\.sym=true"),
+    ):
+        with pytest.raises(Refusal, match=hint):
+            resolved("infer", folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("quant", "pack", "quantization_config", "settings"),
+    [
+        (
+            "gptq",
+            autogptq,
+            {**AUTOGPTQ, "desc_act": True},
+            {"bits": 4, "group_size": 32, "sym": True, "desc_act": True},
+        ),
+        ("awq", autoawq, AUTOAWQ, {"bits": 4, "group_size": 32, "sym": False}),
+        ("gptq_mixed", autogptq, AUTOGPTQ, {"bits": 4, "target_bits": None}),
+    ],
+)
+def test_a_record_names_the_checkpoint_s_settings_and_not_the_defaults(
+    wide_model, tmp_path, quant, pack, quantization_config, settings
+):
+    folder, _ = published(wide_model, tmp_path / "published", pack, quantization_config)
+    config = resolved("infer", folder, f"quant={quant}")
+    assert {key: config["quant"][key] for key in settings} == settings
+
+
+def test_a_checkpoint_that_becomes_known_only_once_loaded_is_held_against_the_configuration(wide_model, tmp_path):
+    folder, _ = published(wide_model, tmp_path / "published", autogptq, AUTOGPTQ)
+    config = resolved("infer", folder, "quant=gptq")
+    config["quant"]["group_size"] = 128  # as for a checkpoint of the hub at its first use
+    with pytest.raises(Refusal, match=r"give quant\.group_size=32"):
+        base.load_base(config)
 
 
 @pytest.mark.parametrize(("quant", "bits"), [("gptq", 4), ("gptq", 3), ("awq", 4)])
@@ -232,16 +264,6 @@ def test_random_packed_weights_have_the_shape_and_spread_of_real_ones(wide_model
 LORA = ["adapter=lora", "adapter.r=4", "adapter.lora_alpha=8"]
 
 
-def gradients(model, adapter):
-    torch.manual_seed(0)
-    wrapped = prepare_for_training(model, adapter)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    wrapped(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: p.grad.float() for name, p in wrapped.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize(("quant", "pack", "config"), [("gptq", autogptq, AUTOGPTQ), ("awq", autoawq, AUTOAWQ)])
 def test_lora_s_gradients_are_those_on_the_dequantized_copy(wide_model, tmp_path, quant, pack, config):
     folder, as_dense = published(wide_model, tmp_path / "published", pack, config)
@@ -249,7 +271,7 @@ def test_lora_s_gradients_are_those_on_the_dequantized_copy(wide_model, tmp_path
     quantized = base.load_base(training)
     assert "Torch" in base.describe_kernel(quantized)["linear"]
     plain = base.load_base({**resolved("train", as_dense, *LORA), "dtype": "bfloat16"})
-    expected, found = gradients(plain, training["adapter"]), gradients(quantized, training["adapter"])
+    expected, found = (lora_gradients(model, training["adapter"]) for model in (plain, quantized))
     assert len(found) == 28
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 0.05, name
@@ -267,12 +289,37 @@ def test_lora_s_gradients_are_those_on_the_dequantized_copy(wide_model, tmp_path
         ("infer", ["quant=exl"], "use gpu=cuda"),
         ("infer", ["quant=gptq_mixed", "quant.target_bits=1.5"], "out of reach"),
         ("infer", ["quant=gptq_mixed", "model.weights=random"], "use quant=gptq"),
+        ("infer", ["quant=gptq", "quant.calibration.max_length=4"], "at least 16"),
         ("quantize", ["quant=nf4"], "nothing to make"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_loads(wide_model, command, words, hint):
     with pytest.raises(Refusal, match=hint):
         resolved(command, wide_model, *words)
+
+
+def test_layers_that_a_format_cannot_hold_are_refused_before_anything_loads(tiny_model, wide_model, monkeypatch):
+    with pytest.raises(Refusal, match="does not divide"):
+        resolved("infer", tiny_model, "quant=gptq", "quant.group_size=128")
+    with pytest.raises(Refusal, match="multiples of 64, and one has 32"):
+        resolved("infer", tiny_model, "quant=awq", "quant.group_size=32")
+    config = resolved("infer", wide_model, "quant=none")
+    config |= {"dtype": "bfloat16", "gpu": {"name": "h100", "device": "cuda", "compute_capability": "9.0"}}
+    config["quant"] = {"name": "exl", "algorithm": "exl3", "bits": 4, "kernel": None, "calibration": {}}
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    with pytest.raises(Refusal, match="multiples of 128, and one has 64"):
+        gptqmodel.check(config)
+
+
+@pytest.mark.slow
+def test_a_job_whose_checkpoint_cannot_be_made_has_a_record_that_says_so(command, tmp_path, wide_model, own_cache):
+    words = ["model=custom", f"model.source={wide_model}", "quant=gptq", *FEW, "timeout_s=3", "grace_s=1"]
+    done = command("infer.py", *words, f"hydra.run.dir={tmp_path}/run", model=False)
+    assert done.returncode == 0, "a job that ran out of its time has a record, which is done"
+    record = store.load(tmp_path / "run")
+    assert (record.task, record.status) == ("infer", "timed_out")
+    assert "could not be made" in record.error["message"]
+    assert not [path for path in (own_cache / "quantized").glob("*") if path.is_dir() and ".tmp-" not in path.name]
 
 
 @pytest.mark.slow

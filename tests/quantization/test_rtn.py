@@ -11,6 +11,8 @@ from llm_at_home.errors import Refusal
 from llm_at_home.quantization import base, rtn, rtn_linear
 from llm_at_home.quantization.size import size_readings
 
+from .conftest import loadable
+
 RTN = {"name": "rtn", "method": "rtn", "bits": 4, "scheme": "asymmetric", "granularity": "group", "group_size": 32}
 SETTINGS = list(itertools.product(rtn.BITS, rtn.SCHEMES, rtn.GRANULARITIES))
 
@@ -73,23 +75,9 @@ def test_the_product_and_its_gradient_are_those_of_the_weight_read_back(linear):
     torch.testing.assert_close(x.grad, quantized.dequantized().sum(0).expand(5, -1))
 
 
-def options(tiny_model, **quant):
-    model = {
-        "name": "tiny",
-        "source": str(tiny_model),
-        "revision": None,
-        "weights": "pretrained",
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "chat_template": None,
-        "architecture": None,
-    }
-    return {"model": model, "quant": {**RTN, **quant}, "dtype": "float32", "gpu": {"device": "cpu"}}
-
-
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 32), (8, 64)])
 def test_bits_per_weight_count_the_scales(tiny_model, bits, group_size):
-    model = base.load_base(options(tiny_model, bits=bits, group_size=group_size))
+    model = base.load_base(loadable(tiny_model, {**RTN, "bits": bits, "group_size": group_size}))
     assert base.describe_kernel(model)["layers"] == {"RTNLinear": 14}
     # a float32 scale and an eight-bit zero point for each group
     assert size_readings(model)["bits_per_weight"].value == pytest.approx(bits + (32 + 8) / group_size)
@@ -97,7 +85,7 @@ def test_bits_per_weight_count_the_scales(tiny_model, bits, group_size):
 
 def test_bits_per_weight_of_the_dense_model_are_its_dtype_s(tiny_model):
     dense = {"name": "none", "method": "dense", "bits": None}
-    readings = size_readings(base.load_base({**options(tiny_model), "quant": dense}))
+    readings = size_readings(base.load_base(loadable(tiny_model, dense)))
     assert readings["bits_per_weight"].value == 32
     assert readings["bits_per_weight_whole_model"].value == pytest.approx(32, rel=1e-3)
     assert readings["model_size"].value == pytest.approx(
@@ -114,7 +102,7 @@ def test_bitsandbytes_scales_and_tables_are_counted(tiny_model):
             "bnb_4bit_use_double_quant": nested,
         }
         quant = {"name": "nf4", "method": "bitsandbytes", "bits": 4, "config": quantization}
-        return size_readings(base.load_base({**options(tiny_model), "quant": quant}))["bits_per_weight"].value
+        return size_readings(base.load_base(loadable(tiny_model, quant)))["bits_per_weight"].value
 
     plain, nested = bits(False), bits(True)
     assert 4.5 < plain < 4.7  # a float32 scale for 64 weights, and the table of sixteen values
@@ -134,6 +122,6 @@ def test_bitsandbytes_scales_and_tables_are_counted(tiny_model):
 )
 def test_what_does_not_exist_is_refused(tiny_model, quant, said):
     with pytest.raises(Refusal, match=said):
-        base.check(options(tiny_model, **quant))
+        base.check(loadable(tiny_model, {**RTN, **quant}))
     with pytest.raises(Refusal, match="does not divide"):
-        base.load_base(options(tiny_model, group_size=48))
+        base.load_base(loadable(tiny_model, {**RTN, "group_size": 48}))

@@ -13,18 +13,12 @@ from llm_at_home.quantization import base, torchao
 from llm_at_home.quantization.layers import linear_layers
 from llm_at_home.quantization.size import size_readings
 
+from .conftest import LORA, loadable, lora_gradients
+
 INT8 = {"name": "int8_torchao", "method": "torchao", "bits": 8, "activation": "none"}
 DYNAMIC = {**INT8, "activation": "dynamic"}
 INT4 = {"name": "int4_torchao", "method": "torchao", "bits": 4, "group_size": 32, "algorithm": "tinygemm"}
 DENSE = {"name": "none", "method": "dense", "bits": None}
-LORA = {
-    "name": "lora",
-    "trains": "adapter",
-    "_target_": "peft.LoraConfig",
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "target_modules": "all-linear",
-}
 SHAPE = {
     "model_type": "llama",
     "vocab_size": 200,
@@ -41,20 +35,6 @@ KINDS = [
 ]
 
 
-def config(tiny_model, quant, dtype="float32", **more):
-    model = {
-        "name": "tiny",
-        "source": str(tiny_model),
-        "revision": None,
-        "weights": "pretrained",
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "chat_template": None,
-        "architecture": None,
-    }
-    return {"model": model, "quant": quant, "dtype": dtype, "gpu": {"name": "cpu", "device": "cpu"}, **more}
-
-
 def read_back(layer):
     """The weight that a layer really multiplies with, of shape (outputs, inputs): its product with the identity."""
     return layer(torch.eye(layer.in_features, dtype=layer.weight.dtype)).T.float()
@@ -62,15 +42,15 @@ def read_back(layer):
 
 def pairs(tiny_model, quant, dtype):
     """Each layer's dense weight and the quantized layer."""
-    dense = dict(linear_layers(base.load_base(config(tiny_model, DENSE, dtype))))
-    for name, layer in linear_layers(base.load_base(config(tiny_model, quant, dtype))):
+    dense = dict(linear_layers(base.load_base(loadable(tiny_model, DENSE, dtype))))
+    for name, layer in linear_layers(base.load_base(loadable(tiny_model, quant, dtype))):
         yield dense[name].weight.detach().float(), layer
 
 
 @pytest.mark.parametrize(("quant", "dtype", "kind"), KINDS)
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
 def test_the_layers_are_what_was_asked_for(tiny_model, quant, dtype, kind, weights):
-    options = config(tiny_model, quant, dtype)
+    options = loadable(tiny_model, quant, dtype)
     if weights == "random":
         options["model"] |= {"weights": "random", "architecture": SHAPE}
     base.check(options)
@@ -140,7 +120,7 @@ def test_half_quadratic_scales_err_less_in_the_norm_that_they_minimise(tiny_mode
 
 def test_bits_per_weight_count_scales_and_zero_points(tiny_model):
     def bits(quant, dtype="float32"):
-        return size_readings(base.load_base(config(tiny_model, quant, dtype)))["bits_per_weight"].value
+        return size_readings(base.load_base(loadable(tiny_model, quant, dtype)))["bits_per_weight"].value
 
     # A row of 64 inputs, in one layer of seven of 128, keeps a float32 scale and an 8-bit zero point.
     rows = 64 + 32 + 32 + 64 + 128 + 128 + 64
@@ -153,7 +133,7 @@ def test_bits_per_weight_count_scales_and_zero_points(tiny_model):
 
 def test_the_size_of_the_model_is_the_sum_of_its_parts(tiny_model):
     readings = {
-        name: size_readings(base.load_base(config(tiny_model, quant, "bfloat16")))
+        name: size_readings(base.load_base(loadable(tiny_model, quant, "bfloat16")))
         for name, quant in (("dense", DENSE), ("int4", INT4))
     }
     weights = 2 * (64 * (64 + 32 + 32 + 64 + 128 + 128) + 128 * 64)
@@ -171,32 +151,21 @@ def dense_copy(model):
     return dense
 
 
-def gradients(model):
-    torch.manual_seed(0)
-    wrapped = prepare_for_training(model, LORA)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    ids = torch.arange(100, 140).reshape(2, 20)
-    wrapped(input_ids=ids, labels=ids).loss.backward()
-    return {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
 def test_gradients_on_int8_equal_those_of_its_dequantized_copy(tiny_model, weights):
-    options = config(tiny_model, INT8, adapter=LORA)
+    options = loadable(tiny_model, INT8, adapter=LORA)
     if weights == "random":
         options["model"] |= {"weights": "random", "architecture": SHAPE}
     quantized = base.load_base(options)
     dense = dense_copy(quantized)
-    expected, found = gradients(dense), gradients(quantized)
+    expected, found = lora_gradients(dense, LORA), lora_gradients(quantized, LORA)
     assert len(expected) == 28
     for (name, a), (_, b) in zip(expected.items(), found.items(), strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-4, name
 
 
 def test_an_adapter_on_int8_learns(tiny_model):
-    model = prepare_for_training(base.load_base(config(tiny_model, INT8, adapter=LORA)), LORA)
+    model = prepare_for_training(base.load_base(loadable(tiny_model, INT8, adapter=LORA)), LORA)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.arange(100, 140).reshape(2, 20)
     losses = []
@@ -211,7 +180,7 @@ def test_an_adapter_on_int8_learns(tiny_model):
 
 @pytest.mark.parametrize(("quant", "dtype"), [(DYNAMIC, "float32"), (INT4, "bfloat16")])
 def test_what_is_refused_for_training_passes_no_gradient_indeed(tiny_model, quant, dtype):
-    layer = next(layer for _, layer in linear_layers(base.load_base(config(tiny_model, quant, dtype))))
+    layer = next(layer for _, layer in linear_layers(base.load_base(loadable(tiny_model, quant, dtype))))
     x = torch.randn(3, 64, dtype=layer.weight.dtype, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"does not require grad|derivative"):
         layer(x).sum().backward()
@@ -239,7 +208,7 @@ OLD_GPU = {**GPU, "compute_capability": "7.5"}
 )
 def test_what_cannot_work_is_refused_in_one_line(tiny_model, quant, more, words):
     with pytest.raises(Refusal, match=words) as refusal:
-        base.check({**config(tiny_model, quant, "bfloat16"), **more})
+        base.check({**loadable(tiny_model, quant, "bfloat16"), **more})
     assert "\n" not in str(refusal.value)
 
 
@@ -248,7 +217,7 @@ def test_what_cannot_work_is_refused_in_one_line(tiny_model, quant, more, words)
     [(INT8, {"adapter": LORA}), (DYNAMIC, {"adapter": {"trains": "nothing"}}), (INT4, {}), (INT4, {"gpu": GPU})],
 )
 def test_what_can_work_is_let_through(tiny_model, quant, more):
-    base.check({**config(tiny_model, quant, "bfloat16"), **more})
+    base.check({**loadable(tiny_model, quant, "bfloat16"), **more})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -262,7 +231,7 @@ def test_what_can_work_is_let_through(tiny_model, quant, more):
     ],
 )
 def test_on_a_gpu_the_product_is_that_of_the_weights(tiny_model, quant, kind, weights):
-    options = config(tiny_model, quant, "bfloat16", gpu={"name": "cuda", "device": "cuda"})
+    options = loadable(tiny_model, quant, "bfloat16", gpu={"name": "cuda", "device": "cuda"})
     if weights == "random":
         options["model"] |= {"weights": "random", "architecture": SHAPE}
     model = base.load_base(options)

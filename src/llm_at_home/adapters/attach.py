@@ -48,13 +48,11 @@ def prepare_for_training(model: Any, adapter: Mapping[str, Any], saved: str | Pa
     with library_output():
         from peft import PeftModel, get_peft_model
 
-    if saved is not None:
-        with library_output():
+        if saved is not None:
             return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
-    options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
-    if options.get("target_modules") == "all-linear":
-        options["target_modules"] = _linear_names(model)
-    with library_output():
+        options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
+        if options.get("target_modules") == "all-linear":
+            options["target_modules"] = _linear_names(model)
         return get_peft_model(model, instantiate(options, _convert_="object")).train()
 
 
@@ -71,11 +69,11 @@ def attach_saved(model: Any, path: str | Path) -> Any:
     Raises:
         Refusal: when the folder holds no adapter, or one that does not fit this model.
     """
-    from peft import PeftModel
-
     folder = adapter_folder(path)
     try:
         with library_output():
+            from peft import PeftModel
+
             return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError) as error:
         raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error

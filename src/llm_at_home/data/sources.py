@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_at_home.data.conversations import Conversation, parse_jsonl
 from llm_at_home.data.guanaco import guanaco_name, load_guanaco
@@ -67,6 +69,18 @@ def load_split(
     if source == "jsonl" and test_path is None:
         conversations = _held_out(conversations, split, test_fraction, seed, str(file))
     return Loaded(conversations[:limit], bad, sha256_of([content]))
+
+
+def load_group(data: Mapping[str, Any], split: str, limit: int | None, seed: int) -> Loaded:
+    """One split of what a configuration's ``data`` group names; as :func:`load_split`.
+
+    Args:
+        data: with ``source``, ``path``, and where it has one, ``test_path``.
+        split: ``train`` or ``test``.
+        limit: keep the first N conversations.
+        seed: chooses what is held out.
+    """
+    return load_split(data["source"], split, path=data["path"], test_path=data.get("test_path"), limit=limit, seed=seed)
 
 
 def data_hash(source: str, *, path: str | Path | None = None, test_path: str | Path | None = None) -> str:

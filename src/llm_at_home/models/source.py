@@ -15,7 +15,13 @@ from llm_at_home.models.embedded import CONVERSION, WEIGHTS, gguf_path
 from llm_at_home.paths import cache_dir
 
 EMBEDDED = "embedded"
-EMBEDDED_WIDTHS = frozenset({576, 1536})
+EMBEDDED_SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 # Architectures whose linear layers read the residual stream, the attention's output or the MLP's inner channels.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi3", "olmo2", "granite")
 
@@ -71,10 +77,15 @@ def quantized_as(model: Mapping[str, Any]) -> str | None:
     """The method by which the weights are quantized already, or None, also where the hub's are not downloaded yet."""
     if is_gguf(model["source"]):
         return "gguf"
+    stored = stored_quantization(model)
+    return str(stored.get("quant_method") or "quantized").lower() if stored else None
+
+
+def stored_quantization(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``quantization_config`` of a checkpoint in transformers' format, or None, also where it is not downloaded yet."""
     if model["weights"] == "random" or model["source"] == EMBEDDED:
         return None
-    quantized = _shape(model).get("quantization_config") or {}
-    return str(quantized.get("quant_method") or "quantized").lower() if quantized else None
+    return _shape(model).get("quantization_config") or None
 
 
 def hub_is_off() -> bool:
@@ -99,17 +110,28 @@ def _hub_folder(source: str) -> Path:
 
 def widths(model: Mapping[str, Any]) -> frozenset[int]:
     """How many inputs the decoder's linear layers have, as far as that can be told without loading; else empty."""
+    return _widths_and_outputs(model)[0]
+
+
+def outputs(model: Mapping[str, Any]) -> frozenset[int]:
+    """How many outputs the decoder's linear layers have, as far as that can be told without loading; else empty."""
+    return _widths_and_outputs(model)[1]
+
+
+def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
     if model["weights"] == "random" and model["architecture"]:
         shape = model["architecture"]
     elif model["source"] == EMBEDDED:
-        return EMBEDDED_WIDTHS
+        shape = EMBEDDED_SHAPE
     else:
         shape = _shape(model)
     sizes = [shape.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
     if shape.get("model_type") not in PLAIN_DECODERS or not all(sizes):
-        return frozenset()
+        return frozenset(), frozenset()
     stream, inner, heads = sizes
-    return frozenset({stream, inner, heads * (shape.get("head_dim") or stream // heads)})
+    head = shape.get("head_dim") or stream // heads
+    values = (shape.get("num_key_value_heads") or heads) * head
+    return frozenset({stream, inner, heads * head}), frozenset({stream, inner, heads * head, values})
 
 
 def check_group_size(model: Mapping[str, Any], size: int) -> None:

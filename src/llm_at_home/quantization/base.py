@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
@@ -20,6 +20,18 @@ def method_of(quant: Mapping[str, Any]) -> Any:
     if quant["method"] not in METHODS:
         raise ValueError(f"quant.method={quant['method']} is none of {', '.join(METHODS)}")
     return importlib.import_module(f"llm_at_home.quantization.{quant['method']}")
+
+
+def complete(config: dict[str, Any], named: Collection[str]) -> None:
+    """Fill in, while a configuration is resolved, what a file or checkpoint that it names decides.
+
+    Args:
+        config: changed in place.
+        named: the keys that the user gave, which stay as they are.
+    """
+    method = method_of(config["quant"])
+    if hasattr(method, "complete"):
+        method.complete(config, named)
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -29,11 +29,9 @@ def calibration_texts(options: Mapping[str, Any], seed: int = 0) -> list[str]:
         from llm_at_home.data.texts import load_texts
 
         return load_texts("calibration", options["limit"])
-    from llm_at_home.data.sources import load_split
+    from llm_at_home.data.sources import load_group
 
-    loaded = load_split(
-        options["source"], "train", path=options["path"], test_path=None, limit=options["limit"], seed=seed
-    )
+    loaded = load_group(options, "train", options["limit"], seed)
     return ["\n".join(message["content"] for message in c.messages) for c in loaded.conversations]
 
 
@@ -64,18 +62,10 @@ def evaluated_texts(config: Mapping[str, Any]) -> list[str]:
 
         found += load_texts("held_out")
     if config.get("task") == "text":
-        from llm_at_home.data.sources import load_split
+        from llm_at_home.data.sources import load_group
 
-        data = config["data"]
-        split = load_split(
-            data["source"],
-            "test",
-            path=data["path"],
-            test_path=data["test_path"],
-            limit=config["limit"],
-            seed=config["seed"],
-        )
-        found += [c.messages[-2]["content"] for c in split.conversations]
+        split = load_group(config["data"], "test", config["limit"], config["seed"])
+        found += [message["content"] for c in split.conversations for message in c.messages[-2:]]
     return found
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ WITH_MATRIX = ("Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"
 EXTRA = "gguf-k"
 # ``load`` gives plain linear layers on purpose: a dense copy of the file's weights, to measure what they lost.
 DENSE_COPY = True
+
+
+def complete(config: dict[str, Any], named: Collection[str]) -> None:
+    """A ``.gguf`` file is the model itself, unless it is to be compared with the model that it was made of.
+
+    Args:
+        config: being resolved; changed in place.
+        named: the keys that the user gave.
+    """
+    model, quant = config["model"], config["quant"]
+    if source.is_gguf(model["source"]):
+        quant["path"] = quant["path"] or model["source"]
+    if quant["path"]:
+        quant["type"] = None
+        if config.get("task") != "fidelity":
+            model |= {"source": quant["path"], "architecture": None, "revision": None}
+            if not {"model", "model.name"} & set(named):
+                model["name"] = Path(quant["path"]).stem
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_tokenizer, load_weights, location
-from llm_at_home.quantization import calibration
+from llm_at_home.quantization import calibration, mixed_bits
 from llm_at_home.quantization.gptq_kernels import kernel_for
 from llm_at_home.quantization.gptq_output import library_output
 from llm_at_home.records.cached import cached, is_made
@@ -39,6 +39,7 @@ def checkpoint_key(config: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": calibration.calibration_hash(texts),
         "device": config["gpu"]["device"],
         "packages": package_versions(VERSIONS),
+        **({"mixture": mixed_bits.VERSION} if quant.get("target_bits") is not None else {}),
     }
 
 
@@ -65,15 +66,15 @@ def _make(config: Mapping[str, Any], folder: Path) -> None:
     texts = calibration.calibration_texts(quant["calibration"], config["seed"])
     rows = [tokenizer(text)["input_ids"][: quant["calibration"]["max_length"]] for text in texts]
     # Float32 costs a GPU more memory than it has to spare, and AWQ's codes are written from 16-bit weights only.
-    dtype = torch.float32 if device == "cpu" and quant["algorithm"] != "awq" else torch.bfloat16
+    dtype = "float32" if device == "cpu" and quant["algorithm"] != "awq" else "bfloat16"
     with library_output():
         from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.looper import loop_processor
 
         # Its logs would go to ./logs, wherever that is.
         loop_processor._PROJECT_LOG_DIR = folder / "logs"
-        settings = _settings(config, rows)
-        maker = GPTQModel.load(location(config["model"]), settings, dtype=dtype, device=device)
+        settings = _settings(config, rows, dtype)
+        maker = GPTQModel.load(location(config["model"]), settings, dtype=getattr(torch, dtype), device=device)
         maker.layer_callback = _Progress(maker.model.config.num_hidden_layers)
         examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
         maker.quantize(examples, batch_size=1, backend=BACKEND(PACKING[quant["algorithm"]]))
@@ -87,7 +88,7 @@ def _make(config: Mapping[str, Any], folder: Path) -> None:
     (folder / MADE).write_text(json.dumps(cost))
 
 
-def _settings(config: Mapping[str, Any], rows: list[list[int]]) -> Any:
+def _settings(config: Mapping[str, Any], rows: list[list[int]], dtype: str) -> Any:
     """GPTQModel's own configuration of the method."""
     from gptqmodel.quantization.config import FORMAT, METHOD, AWQConfig, EXL3Config, GPTQConfig
 
@@ -106,17 +107,10 @@ def _settings(config: Mapping[str, Any], rows: list[list[int]]) -> Any:
     options = {"group_size": quant["group_size"], "desc_act": quant["desc_act"], "sym": quant["sym"]}
     if quant.get("target_bits") is None:
         return GPTQConfig(bits=quant["bits"], offload_to_disk=False, **options)
-    from llm_at_home.quantization import mixed_bits
-
-    chosen = mixed_bits.choose_for(_dense(config), rows, quant["target_bits"], quant["group_size"], quant["sym"])
+    dense = load_weights(config["model"], dtype, config["gpu"]["device"])
+    chosen = mixed_bits.choose_for(dense, rows, quant["target_bits"], quant["group_size"], quant["sym"])
     dynamic = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in chosen.items()}
     return GPTQConfig(bits=4, dynamic=dynamic, offload_to_disk=False, **options)
-
-
-def _dense(config: Mapping[str, Any]) -> Any:
-    return load_weights(
-        config["model"], "float32" if config["gpu"]["device"] == "cpu" else "bfloat16", config["gpu"]["device"]
-    )
 
 
 def read(folder: str, config: Mapping[str, Any]) -> Any:
@@ -133,7 +127,7 @@ def read(folder: str, config: Mapping[str, Any]) -> Any:
         stored = QuantizeConfig.from_pretrained(folder)
         overridden = [rule["bits"] for rule in (stored.dynamic or {}).values() if "bits" in rule]
         bits = overridden or [int(stored.bits)]
-        kernel = kernel_for(config, bits, bool(stored.sym), bool(stored.desc_act), stored.group_size)
+        kernel = kernel_for(config, bits)
         try:
             loaded = GPTQModel.load(
                 folder,

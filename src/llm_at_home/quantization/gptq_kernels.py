@@ -105,19 +105,8 @@ def choose(algorithm: str, need: Need, named: str | None = None) -> str:
     raise Refusal("; ".join(f"{name} {why}" for name, why in reasons.items()))
 
 
-def kernel_for(
-    config: Mapping[str, Any],
-    bits: Sequence[int],
-    symmetric: bool | None = None,
-    act_order: bool | None = None,
-    group_size: int | None = None,
-) -> str:
+def kernel_for(config: Mapping[str, Any], bits: Sequence[int]) -> str:
     """The kernel that a resolved configuration runs for a checkpoint of these bits.
-
-    Args:
-        config: the configuration.
-        bits: of all layers.
-        symmetric, act_order, group_size: of a checkpoint that is there; None takes the configuration's.
 
     Raises:
         Refusal: when there is none, or the one named in ``quant.kernel`` cannot.
@@ -127,9 +116,9 @@ def kernel_for(
         device=gpu["device"],
         bits=bits,
         dtype=config["dtype"],
-        symmetric=quant.get("sym", True) if symmetric is None else symmetric,
-        act_order=bool(quant.get("desc_act", False)) if act_order is None else act_order,
-        group_size=quant.get("group_size") if group_size is None else group_size,
+        symmetric=quant.get("sym", True),
+        act_order=quant.get("desc_act", False),
+        group_size=quant.get("group_size"),
         trains=config.get("adapter", {}).get("trains") == "adapter",
         capability=parsed(gpu["compute_capability"]) if "compute_capability" in gpu else None,
     )

@@ -24,10 +24,9 @@ class _ToLog(io.TextIOBase):
 
 @contextlib.contextmanager
 def library_output() -> Iterator[None]:
-    """Send to the log what GPTQModel prints to the terminal, its banner included."""
+    """Send to the log what GPTQModel prints to the terminal; import it within, for its banner."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))
     with contextlib.redirect_stdout(_ToLog()):
-        import gptqmodel  # noqa: F401
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging as transformers_logging
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
-from llm_at_home.quantization import calibration, gptq_kernels
+from llm_at_home.quantization import calibration, gptq_kernels, mixed_bits
 
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "exl3": (2, 3, 4, 5, 6, 8)}
 GROUP_SIZES = (16, 32, 64, 128)
-# Bits among which mixed precision chooses for each layer.
-MIXED_BITS = (2, 3, 4, 8)
+# What the making of a format divides a layer's inputs and outputs into.
+TILES = {"awq": (1, 64), "exl3": (128, 128)}
+
+
+# GPTQModel drops texts of ten tokens and fewer.
+SHORTEST_TEXT = 16
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -41,15 +45,50 @@ def check(config: Mapping[str, Any]) -> None:
         )
     if algorithm == "exl3":
         _check_exl3(config)
-    gptq_kernels.kernel_for(config, [quant["bits"]] if quant["bits"] else MIXED_BITS)
+    gptq_kernels.kernel_for(config, [quant["bits"]] if quant["bits"] else mixed_bits.CHOICES)
+    stored = source.stored_quantization(config["model"])
+    if stored is not None:
+        check_published(quant, stored)
+        return
+    if algorithm != "exl3":
+        source.check_group_size(config["model"], quant["group_size"])
     if quant.get("target_bits") is not None:
         _check_target(quant)
     if config["model"]["weights"] == "random":
         if algorithm == "exl3" or quant.get("target_bits") is not None:
             hint = "use quant=gptq, whose packed tensors can be random"
             raise Refusal(f"quant={name} is made by looking at real weights, which random ones are not: {hint}")
-    elif source.quantized_as(config["model"]) is None:
+    else:
+        _check_tiles(config)
+        if quant["calibration"]["max_length"] < SHORTEST_TEXT:
+            raise Refusal(f"quant.calibration.max_length is too small: give at least {SHORTEST_TEXT}")
         calibration.refuse_overlap(quant["calibration"], config)
+
+
+def complete(config: dict[str, Any], named: Collection[str]) -> None:
+    """Take the settings of a checkpoint that is read as it is, where the user named no others.
+
+    Args:
+        config: being resolved; its ``quant`` group is changed in place.
+        named: the keys that the user gave.
+    """
+    stored = source.stored_quantization(config["model"])
+    if stored is None:
+        return
+    quant = config["quant"]
+    quant |= {k: v for k, v in stored_settings(stored).items() if k in quant and f"quant.{k}" not in named}
+    if "target_bits" in quant:
+        quant["target_bits"] = None  # nothing is chosen any more
+
+
+def _check_tiles(config: Mapping[str, Any]) -> None:
+    name, algorithm = config["quant"]["name"], config["quant"]["algorithm"]
+    into, out = TILES.get(algorithm, (1, 1))
+    odd = [size for size in source.widths(config["model"]) if size % into]
+    odd += [size for size in source.outputs(config["model"]) if size % out]
+    if odd:
+        hint = "use quant=gptq"
+        raise Refusal(f"quant={name} needs layers of multiples of {max(into, out)}, and one has {min(odd)}: {hint}")
 
 
 def _check_exl3(config: Mapping[str, Any]) -> None:
@@ -62,9 +101,7 @@ def _check_exl3(config: Mapping[str, Any]) -> None:
 
 
 def _check_target(quant: Mapping[str, Any]) -> None:
-    from llm_at_home.quantization.mixed_bits import stored_bits
-
-    low, high = (stored_bits(bits, quant["group_size"]) for bits in (MIXED_BITS[0], MIXED_BITS[-1]))
+    low, high = (mixed_bits.stored_bits(f(mixed_bits.CHOICES), quant["group_size"]) for f in (min, max))
     if not low <= quant["target_bits"] <= high:
         raise Refusal(
             f"quant.target_bits={quant['target_bits']} is out of reach: with groups of {quant['group_size']}, scales "
@@ -127,6 +164,24 @@ def check_published(quant: Mapping[str, Any], published: Mapping[str, Any]) -> N
     method = str(published.get("quant_method", "")).lower()
     if method != quant["algorithm"]:
         raise Refusal(f"the checkpoint was quantized by {method}: use quant={'exl' if method == 'exl3' else method}")
-    bits = published.get("bits", published.get("w_bit"))
-    if quant["bits"] is not None and bits is not None and int(bits) != quant["bits"]:
-        raise Refusal(f"the checkpoint has {bits} bits: give quant.bits={bits}")
+    for key, value in stored_settings(published).items():
+        if key in quant and quant[key] != value:
+            shown = str(value).lower() if isinstance(value, bool) or value is None else value
+            raise Refusal(f"the checkpoint has {key}={shown} and not {quant[key]}: give quant.{key}={shown}")
+
+
+def stored_settings(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the ``quant`` group as a checkpoint's ``quantization_config`` has them.
+
+    ``bits`` is None where layers have different ones. AutoAWQ says ``zero_point`` where AutoGPTQ says ``sym``.
+    """
+    mixed = any("bits" in rule for rule in (published.get("dynamic") or {}).values())
+    found = {"bits": None if mixed else published.get("bits", published.get("w_bit"))}
+    found["group_size"] = published.get("group_size", published.get("q_group_size"))
+    found = {key: value for key, value in found.items() if value is not None or (key == "bits" and mixed)}
+    symmetric = published.get("sym", not published["zero_point"] if "zero_point" in published else None)
+    if symmetric is not None:
+        found["sym"] = symmetric
+    if "desc_act" in published:
+        found["desc_act"] = bool(published["desc_act"])
+    return found

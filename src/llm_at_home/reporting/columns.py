@@ -119,3 +119,8 @@ UNFINISHED = (
     Column("error", "Error", kind="text", terminal="Error"),
     Column("folder", "Folder", kind="text", terminal="Folder"),
 )
+
+
+def by_key(columns: tuple[Column, ...], key: str) -> Column:
+    """The column of this key."""
+    return next(column for column in columns if column.key == key)

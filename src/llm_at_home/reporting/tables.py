@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
-from llm_at_home.records.schema import Reading, Record
-from llm_at_home.reporting import facts, published
-from llm_at_home.reporting.cells import NO_READING, Cell, Column, Entry, Row, Table, number, text, unknown
-from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED
+from llm_at_home.records.schema import Record
+from llm_at_home.reporting import entries, facts, published
+from llm_at_home.reporting.cells import NO_READING, Cell, Column, Row, Table, text, unknown
+from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED, by_key
 from llm_at_home.reporting.load import Loaded, Run
 
 KEYS = ("inference", "finetuning", "quantization", "evaluations", "unfinished")
@@ -30,18 +29,6 @@ _UNJUDGED = "no judge has scored this run yet: python evaluate.py task=judge ans
 _UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge with a baseline=RUN_FOLDER"
 _UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
 _NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
-_UNRUN = "no inference run of this model, quantization, dtype and device yet: python infer.py"
-_UNMADE = {
-    "make_time": "nothing was made: weights loaded as they are, quantized while loading, or read as published",
-    "checkpoint_size": "no quantized checkpoint: weights loaded as they are or quantized while loading",
-}
-_FIDELITY = {
-    "perplexity_ratio": "perplexity ratio",
-    "kl_divergence_mean": "KL mean",
-    "kl_divergence_p99": "KL p99",
-    "top1_agreement": "top-1",
-}
-_SCORES = ("judge_score_mean", "judge_score")
 
 
 def build(loaded: Loaded) -> tuple[Table, ...]:
@@ -103,7 +90,7 @@ def _table(
     if key == "quantization":
         rows.sort(key=_by_divergence)
     # A kind of memory that none of the devices defines would be a column of dashes.
-    defined = {name for row in rows if row.run for name in _defined_memory(row.run.record)}
+    defined = {name for row in rows if row.run for name in entries.defined_memory(row.run.record)}
     columns = tuple(c for c in columns if c not in MEMORY or c.key in defined)
     return Table(key, title, caption, columns, tuple(rows), _MARK_NOTES)
 
@@ -129,21 +116,21 @@ class _Book:
         cells["dtype"] = text(facts.name_at(record.config, "dtype"))
         kernel = facts.kernel(record)
         cells["kernel"] = text(kernel) if kernel else Cell((unknown("the record names no kernel"),))
-        cells["batch_size"] = Cell((_batch_size(run),))
+        cells["batch_size"] = Cell((entries.batch_size(run),))
         for key, scaled in (
             ("energy_scaled_40k", published.scaled_energy(record)),
             ("time_scaled_40k", published.scaled_time(record)),
         ):
-            entry = _column(INFERENCE, key).entry(scaled, run.path, missing=_unmeasured(record))
+            entry = by_key(INFERENCE, key).entry(scaled, run.path, missing=entries.unmeasured(record))
             cells[key] = Cell((entry,))
         for column in INFERENCE:
             if column.key not in cells and column.kind == "number":
-                cells[column.key] = Cell((_measured(column, run),))
+                cells[column.key] = Cell((entries.measured(column, run),))
         for key, names, missing in (
-            ("judge_score", _SCORES, _UNJUDGED),
+            ("judge_score", entries.SCORES, _UNJUDGED),
             ("win_rate", ("win_rate",), _UNCOMPARED),
         ):
-            cells[key] = self._judged(_column(INFERENCE, key), names, run, missing)
+            cells[key] = self._judged(by_key(INFERENCE, key), names, run, missing)
         return cells
 
     def finetuning(self, run: Run) -> dict[str, Cell] | None:
@@ -151,18 +138,18 @@ class _Book:
         if record.task != "train":
             return None
         cells = self._who(run)
-        cells["steps"] = Cell((_steps(run),))
+        cells["steps"] = Cell((entries.steps(run),))
         scored = [r for r in self.tested if facts.subject_hash(r.record) == (record.config_hash or None)]
         # Scores on other data, or on a base of other bits, are nothing to set against the one before.
         after = _preferred(r for r in scored if _kin(r.record, record))
         before, missing = self._before(record, after)
         for column in FINETUNING:
             if column.kind == "pair":
-                first = _scored(column, before, missing, "before")
-                untested = _UNTESTED if record.status == "ok" else _unmeasured(record)
-                cells[column.key] = Cell((first, _scored(column, after, untested, "after")))
+                first = entries.scored(column, before, missing, "before")
+                untested = _UNTESTED if record.status == "ok" else entries.unmeasured(record)
+                cells[column.key] = Cell((first, entries.scored(column, after, untested, "after")))
             elif column.key not in cells:
-                cells[column.key] = Cell((_measured(column, run),))
+                cells[column.key] = Cell((entries.measured(column, run),))
         return cells
 
     def quantization(self, run: Run) -> dict[str, Cell] | None:
@@ -177,7 +164,7 @@ class _Book:
         cells["kernel"] = text(kernel) if kernel else Cell((unknown("the record names no kernel"),))
         for column in QUANTIZATION:
             if column.key not in cells:
-                cells[column.key] = Cell((_cost_or_loss(column, run, ran),))
+                cells[column.key] = Cell((entries.cost_or_loss(column, run, ran),))
         return cells
 
     def _inference_of(self, record: Record) -> Run | None:
@@ -201,11 +188,13 @@ class _Book:
         # A judge reads the questions that the judged run was asked.
         on = facts.name_at(facts.about(record), "questions" if kind == "judge" else "data", "name")
         cells["on"] = text("held-out texts" if kind == "fidelity" else on)
-        figures = tuple(_figure(name, record.quality[name], run) for name in _headlines(kind, record.quality))
-        cells["figures"] = Cell(figures or (unknown(_unmeasured(record)),))
+        figures = tuple(
+            entries.figure(name, record.quality[name], run) for name in entries.headlines(kind, record.quality)
+        )
+        cells["figures"] = Cell(figures or (unknown(entries.unmeasured(record)),))
         for key in ("judgments", "judgments_missing"):
             why = NO_READING if kind == "judge" else "not an evaluation by a judge"
-            cells[key] = Cell((_count(record, key, run.path, why),))
+            cells[key] = Cell((entries.count(record, key, run.path, why),))
         return cells
 
     def unfinished(self, run: Run) -> dict[str, Cell] | None:
@@ -244,15 +233,15 @@ class _Book:
         return facts.path_tail(path)
 
     def _judged(self, column: Column, names: Iterable[str], run: Run, missing: str) -> Cell:
-        entries = []
+        scores = []
         for judge in self.judged:
             if run.record.config_hash and facts.subject_hash(judge.record) == run.record.config_hash:
                 reading = next((judge.record.quality[name] for name in names if name in judge.record.quality), None)
                 if reading:
-                    entries.append(column.entry(reading, judge.path, facts.clean(reading.method)))
-        if facts.has_random_weights(run.record) and not entries:
+                    scores.append(column.entry(reading, judge.path, facts.clean(reading.method)))
+        if facts.has_random_weights(run.record) and not scores:
             missing = "a model with random weights has no quality to score"
-        return Cell(tuple(entries) or (unknown(missing),))
+        return Cell(tuple(scores) or (unknown(missing),))
 
     def _before(self, trained: Record, after: Run | None) -> tuple[Run | None, str]:
         def same(record: Record) -> bool:
@@ -292,105 +281,10 @@ def _by_divergence(row: Row) -> tuple[str, float]:
     return str(row.cells["model"].sort_value), known
 
 
-def _cost_or_loss(column: Column, run: Run, ran: Run | None) -> Entry:
-    """A figure of the fidelity run, or of the inference run that it stands beside."""
-    if column.group == "Fidelity":
-        return _measured(column, run)
-    runs = [one for one in (ran, run) if one is not None]
-    known = (one for one in runs if (reading := one.record.readings.get(column.key)) and reading.value is not None)
-    found = next(known, None)
-    if found is None and column.key in _UNMADE and any(one.record.status == "ok" for one in runs):
-        return unknown(_UNMADE[column.key])
-    if found is None and ran is None:
-        return unknown(_UNRUN)
-    return _measured(column, found or runs[0])
-
-
 def _preferred(runs: Iterable[Run]) -> Run | None:
     # The newest, and one over the whole set before one cut short by limit=.
     found = sorted(runs, key=lambda run: (facts.at(run.record.config, "limit") is None, run.when))
     return found[-1] if found else None
-
-
-def _column(columns: tuple[Column, ...], key: str) -> Column:
-    return next(column for column in columns if column.key == key)
-
-
-def _unmeasured(record: Record) -> str:
-    return (
-        NO_READING
-        if record.status == "ok"
-        else f"the run ended ({record.status.replace('_', ' ')}) before this was measured"
-    )
-
-
-def _defined_memory(record: Record) -> tuple[str, ...]:
-    return facts.CPU_MEMORY if facts.on_cpu(record) else facts.CUDA_MEMORY
-
-
-def _measured(column: Column, run: Run) -> Entry:
-    record = run.record
-    if column in MEMORY and column.key not in _defined_memory(record):
-        return unknown(
-            "a figure of CUDA devices; this run was on a CPU"
-            if facts.on_cpu(record)
-            else "the figure for runs on a CPU; this one was on a card"
-        )
-    reading = (record.quality | record.readings).get(column.key)
-    return column.entry(reading, run.path, missing=_unmeasured(record))
-
-
-def _batch_size(run: Run) -> Entry:
-    size = facts.at(run.record.config, "engine", "batch_size")
-    if isinstance(size, int) and not isinstance(size, bool):
-        return Entry(number(size, 0), float(size), source=run.path)
-    return unknown("the engine has no batches of its own")
-
-
-def _scored(column: Column, run: Run | None, missing: str, label: str) -> Entry:
-    if run is None:
-        return unknown(missing, label)
-    return column.entry(run.record.quality.get(column.key), run.path, label)
-
-
-def _figure(name: str, reading: Reading, run: Run) -> Entry:
-    if name in _FIDELITY:
-        column = _column(QUANTIZATION, name)
-        entry = column.entry(reading, run.path, _FIDELITY[name])
-        return replace(entry, text=f"{entry.text} %") if column.unit == "%" and entry.value is not None else entry
-    share = reading.unit == "1" and any(name.endswith(end) for end in ("match", "f1", "recall", "rate"))
-    column = Column(name, name, unit="%" if share else None, decimals=1 if share else 2)
-    entry = column.entry(reading, run.path, facts.clean(name).replace("_", " "))
-    return replace(entry, text=f"{entry.text} %") if share and entry.value is not None else entry
-
-
-def _steps(run: Run) -> Entry:
-    # A run that stopped early planned max_steps and did not do them.
-    planned = facts.at(run.record.config, "trainer", "max_steps") if run.record.status == "ok" else None
-    for value in (facts.at(run.record.counts, "steps"), planned):
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return Entry(number(value, 0), float(value), source=run.path)
-    return unknown(_unmeasured(run.record))
-
-
-def _headlines(kind: str, quality: Iterable[str]) -> list[str]:
-    if kind == "fidelity":
-        # The table of quantizations has the others.
-        return [name for name in _FIDELITY if name in quality]
-    # A judge's record has its figures for each category too: sixteen more, which stay a click away.
-    whole = (*_SCORES, "win_rate")
-    return [
-        name
-        for name in quality
-        if name in whole or "_turn_" in name or not name.startswith(("judge_score_", "win_rate_"))
-    ]
-
-
-def _count(record: Record, name: str, source: Path, why: str) -> Entry:
-    value = facts.at(record.counts, name)
-    if isinstance(value, int):
-        return Entry(number(value, 0), float(value), source=source)
-    return unknown(why)
 
 
 def _marks(record: Record, table: str) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def subject(record: Record, folder: str | Path) -> dict[str, Any]:
 def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     """Text metrics on the test split, and perplexity of its references and of general questions' ones."""
     from llm_at_home.data.questions import load_questions
-    from llm_at_home.data.sources import load_split
+    from llm_at_home.data.sources import load_group
     from llm_at_home.evaluation.perplexity import conversation_perplexity
     from llm_at_home.evaluation.text import text_quality
     from llm_at_home.tasks.infer import load_engine
@@ -79,15 +79,7 @@ def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
         trained_on = record.subject["config"]["quant"]["name"] if record.subject else config["quant"]["name"]
         if trained_on != config["quant"]["name"]:
             record.notes.append(f"trained on quant={trained_on}, evaluated on quant={config['quant']['name']}")
-    data = config["data"]
-    loaded = load_split(
-        data["source"],
-        "test",
-        path=data["path"],
-        test_path=data["test_path"],
-        limit=config["limit"],
-        seed=config["seed"],
-    )
+    loaded = load_group(config["data"], "test", config["limit"], config["seed"])
     engine = load_engine(config)
     record.kernel = engine.kernel
     predictions = _answers(engine, loaded.conversations, config, folder)

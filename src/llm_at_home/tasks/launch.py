@@ -26,6 +26,7 @@ from llm_at_home.tasks.process import Child, Ending
 JOB = "job.json"
 CONFIG = "config.yaml"
 REFUSAL = "refusal.txt"
+MAKING = "making"  # below a job's folder: the run that makes the checkpoint that the job lacks
 EXIT_FAILED, EXIT_REFUSED = 1, 2
 LOG_LINES = 20  # of a failed job's log in its record
 
@@ -106,9 +107,13 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
         return "skipped", store.load(finished)
     if task != "quantize" and base.needs_making(config):
         # In a process of its own, so that neither its time nor its memory counts as the job's.
-        status, making = _run_or_skip("quantize", resolve.making(config), folder / "making", parent=None)
+        status, making = _run_or_skip("quantize", resolve.making(config), folder / MAKING, parent=None)
         if status != "ok":
-            return status, making
+            record = Record(task, status, config, digest, provenance=provenance.collect({"seed": config["seed"]}))
+            why = (making.error or {}).get("message", status) if making else status
+            record.error = {"type": "NotMade", "message": f"its quantized checkpoint could not be made: {why}"}
+            store.save(record, folder)
+            return status, record
     if (folder / store.RECORD).is_file():
         (folder / store.RECORD).replace(folder / "record.previous.json")
     store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})

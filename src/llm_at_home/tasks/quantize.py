@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
+from llm_at_home.tasks import launch
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -53,6 +54,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    from llm_at_home.tasks import launch
-
     launch.run(main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     if "dtype" in config:
         config["dtype"] = _dtype(config)
     if "model" in config:
-        _name_model(config["model"], overrides)
-        _name_file(config, overrides)
+        named = {override.lstrip("+").split("=")[0] for override in overrides}
+        _name_model(config["model"], named)
+        base.complete(config, named)
     if "questions" in config and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
@@ -81,9 +82,8 @@ def _is_possible(dtype: str, gpu: Mapping[str, Any]) -> bool:
         return False
 
 
-def _name_model(model: dict[str, Any], overrides: Sequence[str]) -> None:
+def _name_model(model: dict[str, Any], named: Collection[str]) -> None:
     """A source given on the command line is another model than the group's: neither its name nor its shape apply."""
-    named = [override.lstrip("+").split("=")[0] for override in overrides]
     if "model.source" in named:
         if "model.name" not in named:
             model["name"] = None
@@ -91,22 +91,6 @@ def _name_model(model: dict[str, Any], overrides: Sequence[str]) -> None:
             model["architecture"] = None
     if model["name"] is None:
         model["name"] = Path(model["source"]).name
-
-
-def _name_file(config: dict[str, Any], overrides: Sequence[str]) -> None:
-    """A ``.gguf`` file is the model itself, unless it is to be compared with the model that it was made of."""
-    model, quant = config["model"], config["quant"]
-    if quant["method"] != "gguf":
-        return
-    if source.is_gguf(model["source"]):
-        quant["path"] = quant["path"] or model["source"]
-    if quant["path"]:
-        quant["type"] = None
-        if config.get("task") != "fidelity":
-            named = [override.lstrip("+").split("=")[0] for override in overrides]
-            model |= {"source": quant["path"], "architecture": None, "revision": None}
-            if "model" not in named and "model.name" not in named:
-                model["name"] = Path(quant["path"]).stem
 
 
 def check(task: str, config: Mapping[str, Any]) -> None:

@@ -110,7 +110,7 @@ def _data(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
 
 def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
     """Encoded conversations, the padding token's id, and the number of lines that could not be read."""
-    from llm_at_home.data.sources import load_split
+    from llm_at_home.data.sources import load_group
     from llm_at_home.models.chat import encode
     from llm_at_home.models.loading import load_config, load_tokenizer
     from llm_at_home.training.data import random_conversations
@@ -120,14 +120,7 @@ def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
         vocabulary = load_config(config["model"]).vocab_size
         count = config["limit"] or options["conversations"]
         return random_conversations(count, options["max_length"], vocabulary, config["seed"]), 0, 0
-    loaded = load_split(
-        options["source"],
-        "train",
-        path=options["path"],
-        test_path=options["test_path"],
-        limit=config["limit"],
-        seed=config["seed"],
-    )
+    loaded = load_group(options, "train", config["limit"], config["seed"])
     for line in loaded.bad_lines:
         print(f"left out: {line}")
     tokenizer = load_tokenizer(config["model"])
