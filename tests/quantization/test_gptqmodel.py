@@ -315,7 +315,7 @@ def test_layers_that_a_format_cannot_hold_are_refused_before_anything_loads(tiny
 def test_a_job_whose_checkpoint_cannot_be_made_has_a_record_that_says_so(command, tmp_path, wide_model, own_cache):
     words = ["model=custom", f"model.source={wide_model}", "quant=gptq", *FEW, "timeout_s=3", "grace_s=1"]
     done = command("infer.py", *words, f"hydra.run.dir={tmp_path}/run", model=False)
-    assert done.returncode == 0, "a job that ran out of its time has a record, which is done"
+    assert done.returncode == 1, done.stderr
     record = store.load(tmp_path / "run")
     assert (record.task, record.status) == ("infer", "timed_out")
     assert "could not be made" in record.error["message"]
