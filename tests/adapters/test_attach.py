@@ -20,11 +20,6 @@ LORA = {
 IDS = torch.arange(50, 80).reshape(1, 30)
 
 
-@pytest.fixture
-def base(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-
-
 def test_a_fresh_lora_is_the_identity_and_trains_alone(base):
     with torch.no_grad():
         before = base(IDS).logits

@@ -10,7 +10,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.quantization.gptq_output import library_output
 
 # Keys of the adapter group that are ours and not its class's.
-OWN_KEYS = ("name", "trains")
+OWN_KEYS = ("name", "trains", "implementation", "starts_as_identity", "schedule")
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -30,13 +30,16 @@ def adapter_folder(path: str | Path) -> Path:
     raise Refusal(f"{path} holds no adapter_config.json: give a training run's folder or a saved adapter's")
 
 
-def prepare_for_training(model: Any, adapter: Mapping[str, Any], saved: str | Path | None = None) -> Any:
+def prepare_for_training(
+    model: Any, adapter: Mapping[str, Any], saved: str | Path | None = None, steps: int | None = None
+) -> Any:
     """The model with what is to be trained made trainable, in training mode.
 
     Args:
         model: the base, as :func:`llm_at_home.quantization.base.load_base` gives it.
         adapter: the ``adapter`` group; ``trains`` is ``adapter``, ``all`` or ``nothing``.
         saved: an adapter to go on training, instead of a fresh one.
+        steps: optimizer steps of the run, for an adapter whose ``schedule`` counts them.
     """
     if adapter["trains"] == "all":
         return model.requires_grad_(True).train()
@@ -48,12 +51,42 @@ def prepare_for_training(model: Any, adapter: Mapping[str, Any], saved: str | Pa
     with library_output():
         from peft import PeftModel, get_peft_model
 
+        from llm_at_home.adapters import methods
+
+        methods.register(adapter.get("implementation", methods.FACTORED))
         if saved is not None:
             return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
         options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
         if options.get("target_modules") == "all-linear":
             options["target_modules"] = _linear_names(model)
+        if "schedule" in adapter:
+            options |= rank_schedule(adapter["schedule"], steps)
         return get_peft_model(model, instantiate(options, _convert_="object")).train()
+
+
+def rank_schedule(schedule: Mapping[str, float], steps: int | None) -> dict[str, int]:
+    """AdaLoRA's schedule (Zhang et al. 2023, section 3.3) in the optimizer steps of a run.
+
+    Args:
+        schedule: shares of the run: ``initial`` before the rank falls, ``final`` after it has reached its target.
+        steps: of the run.
+
+    Returns:
+        ``total_step``, ``tinit`` and ``tfinal``, as ``peft.AdaLoraConfig`` takes them.
+
+    Raises:
+        Refusal: when no step is left for the rank to fall in.
+    """
+    if steps is None:
+        raise Refusal("adapter=adalora needs to know the steps of the run: give trainer.max_steps")
+    # At the very first step the scores are all zero, and would take every direction away.
+    initial, final = max(2, round(schedule["initial"] * steps)), round(schedule["final"] * steps)
+    if steps - final - initial < 1:
+        raise Refusal(
+            f"adapter=adalora has no step left to lower its rank in (trainer.max_steps={steps}): give more steps, or "
+            "smaller shares in adapter.schedule"
+        )
+    return {"total_step": steps, "tinit": initial, "tfinal": final}
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -74,6 +107,9 @@ def attach_saved(model: Any, path: str | Path) -> Any:
         with library_output():
             from peft import PeftModel
 
+            from llm_at_home.adapters import methods
+
+            methods.register()
             return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError) as error:
         raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+# What adapters call their own parts, in which linear layers may stand that are not the base's.
+ADAPTER_PARTS = ("lora_", "bottleneck_", "prompt_encoder")
+
 
 def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
     """Names and modules of the linear layers, without the output head and without an adapter's own.
@@ -15,7 +18,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
         is_wrapper = hasattr(module, "base_layer")  # an adapter's layer around the one that is meant
-        if is_linear and module is not head and not is_wrapper and "lora_" not in name:
+        if is_linear and module is not head and not is_wrapper and not any(p in name for p in ADAPTER_PARTS):
             yield name, module
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 STATUSES = ("ok", "out_of_memory", "failed", "timed_out", "interrupted")
 
@@ -56,7 +56,8 @@ class Record:
     ``readings`` are costs (memory, speed, energy), ``quality`` is worth (scores, exact match, perplexity);
     both map the field's name of a figure to a :class:`Reading`. ``counts`` holds whole numbers about the data
     (truncated conversations, missing judgments). ``subject`` names the run that an evaluation is about:
-    ``{"folder", "config_hash", "task", "config"}``. ``kernel`` names the linear layers that really ran.
+    ``{"folder", "config_hash", "task", "config"}``. ``kernel`` names the linear layers that really ran;
+    ``adapter`` holds what became of an adapter and is no figure (``rank_pattern``: the rank of each matrix).
     """
 
     task: str
@@ -65,6 +66,7 @@ class Record:
     config_hash: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     kernel: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
     readings: dict[str, Reading] = field(default_factory=dict)
     quality: dict[str, Reading] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)

@@ -38,6 +38,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from hydra.utils import instantiate
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
+    from llm_at_home.adapters.start import check_start, probe_logits
     from llm_at_home.quantization.base import describe_kernel, load_base
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
@@ -52,7 +53,14 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     base = load_base(config)
     record.readings["load_time"] = Reading(time.perf_counter() - start, "s", "clock")
     record.kernel = describe_kernel(base)
-    model = prepare_for_training(base, config["adapter"], config["adapter_path"])
+    adapter = config["adapter"]
+    fresh = adapter["trains"] == "adapter" and not config["adapter_path"] and adapter.get("starts_as_identity", True)
+    ids = data.conversations[0].input_ids
+    before = probe_logits(base, ids) if fresh else None
+    model = prepare_for_training(base, adapter, config["adapter_path"], config["trainer"]["max_steps"])
+    if fresh:
+        difference = check_start(adapter, before, probe_logits(model, ids), config["dtype"])
+        record.readings["start_difference"] = difference
     record.readings["trainable_parameters"] = Reading(float(trainable_parameters(model)), "1", "counted")
 
     module = CausalLMModule(model, instantiate(config["optimizer"]), instantiate(config["scheduler"]))
@@ -74,7 +82,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
         _losses(record, module.history)
-    if config["adapter"]["trains"] != "nothing":
+    if adapter["trains"] != "nothing":
         save_weights(model, folder)
 
 
@@ -141,6 +149,8 @@ def _read(record: Record, callbacks: Sequence[Any]) -> None:
     for callback in callbacks:
         if hasattr(callback, "readings"):
             record.readings |= callback.readings()
+        if hasattr(callback, "adapter_facts"):
+            record.adapter = {**(record.adapter or {}), **callback.adapter_facts()} or None
         record.notes += getattr(callback, "flags", [])
         if hasattr(callback, "close"):
             callback.close()

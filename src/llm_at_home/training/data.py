@@ -119,6 +119,7 @@ class ChatDataModule(LightningDataModule):
             "conversations_truncated": sum(c.truncated for c in kept),
             "conversations_dropped": len(conversations) - len(kept),
         }
+        self.conversations = kept
         self._loader = ResumableLoader(kept, batch_size, pad_id, seed, group_by_length)
 
     def train_dataloader(self) -> Any:

@@ -39,6 +39,10 @@ class CausalLMModule(LightningModule):
         self.make_scheduler = scheduler
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
+        # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
+        # after the step while gradients are there, given the step's number.
+        self.penalty: Callable[[], torch.Tensor | None] | None = None
+        self.after_optimizer_step: Callable[[int], None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._gradient_norm: float | None = None
         self._start_window()
@@ -70,7 +74,8 @@ class CausalLMModule(LightningModule):
         """
         with torch.set_grad_enabled(bool(self._trainable)):
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = token_loss_sum(logits, batch["labels"])
+            # Prompt methods put tokens of their own before the conversation's.
+            loss = token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
         self._loss_sum = self._loss_sum + loss.detach()
         self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
         self._input_tokens += int(batch["attention_mask"].sum())
@@ -78,11 +83,23 @@ class CausalLMModule(LightningModule):
         return scaled if self._trainable else scaled.detach().requires_grad_()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled)."""
+        """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled).
+
+        A penalty's gradient is added here: it does not depend on the tokens.
+        """
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
             factor = self.trainer.accumulate_grad_batches * REFERENCE_TOKENS / self._tokens
             torch._foreach_mul_(gradients, factor)
+        penalty = self.penalty() if self.penalty else None
+        if penalty is not None:
+            penalty.backward()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and then what the adapter method does after each step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.after_optimizer_step is not None:
+            self.after_optimizer_step(self.trainer.global_step + 1)  # the step is counted when this returns
 
     def configure_gradient_clipping(
         self,

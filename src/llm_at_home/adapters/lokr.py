@@ -1,0 +1,145 @@
+"""LoKr computed with its factors, on any base: PEFT's layer and checkpoints, without the Kronecker product.
+
+The update is scale * (A kron B) with A of shape (out_A, in_A) and B of shape (out_B, in_B) (Yeh et al. 2023, LyCORIS,
+section 3). PEFT builds the whole matrix, as large as the layer's weight, at each forward pass, and keeps it for the
+backward one. With an input x of in_A * in_B values reshaped row by row to X of shape (in_A, in_B), the same product is
+A X B^T, reshaped back: nothing larger than activations is ever made, and the base's weight is not looked at, so that
+it may be packed in any format.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft import LoKrModel
+from peft.tuners.lokr.layer import LoKrLayer, factorization
+from torch import nn
+
+from llm_at_home.adapters.layer import DenseMergeOnly, cast_input, is_linear, output_dropout, widths
+
+
+class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
+    """A linear layer of any library with LoKr beside it.
+
+    Args:
+        base_layer: has ``in_features`` and ``out_features``.
+        adapter_name: of the first adapter.
+        config: PEFT's ``LoKrConfig``.
+        r: rank of the decomposed second factor.
+        alpha: the scale is ``alpha / r``.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, alpha: float, **_: Any) -> None:
+        super().__init__(base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, alpha, config=config)
+
+    def update_layer(  # type: ignore[override]
+        self, adapter_name: str, r: int, alpha: float, config: Any, **kwargs: Any
+    ) -> None:
+        """Make the factors of an adapter, in the shapes that PEFT gives them.
+
+        Raises:
+            ValueError: for a rank below 1.
+        """
+        if r < 1:
+            raise ValueError(f"LoKr needs a rank of at least 1, not {r}")
+        inputs, outputs = widths(self.get_base_layer())
+        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
+        self.scaling[adapter_name] = alpha / r
+        self.rank_dropout[adapter_name] = config.rank_dropout
+        self.rank_dropout_scale[adapter_name] = config.rank_dropout_scale
+        self.module_dropout[adapter_name] = config.module_dropout
+        in_a, in_b = factorization(inputs, config.decompose_factor)
+        out_a, out_b = factorization(outputs, config.decompose_factor)
+        whole_a = not (config.decompose_both and r < max(out_a, in_a) / 2)
+        whole_b = not r < max(out_b, in_b) / 2
+        self.create_adapter_parameters(adapter_name, r, ((out_a, out_b), (in_a, in_b)), whole_a, whole_b, False)
+        if not config.init_weights:
+            self.reset_adapter_parameters_random(adapter_name)
+        elif config.init_weights == "lycoris":
+            self.reset_adapter_parameters_lycoris_way(adapter_name)
+        else:
+            self.reset_adapter_parameters(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _first(self, adapter_name: str) -> torch.Tensor:
+        if adapter_name in self.lokr_w1:
+            return self.lokr_w1[adapter_name]
+        return self.lokr_w1_a[adapter_name] @ self.lokr_w1_b[adapter_name]
+
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
+        """The whole update, of shape (outputs, inputs): for merging alone."""
+        if adapter_name in self.lokr_w2:
+            second = self.lokr_w2[adapter_name]
+        else:
+            second = self.lokr_w2_a[adapter_name] @ self.lokr_w2_b[adapter_name]
+        return torch.kron(self._first(adapter_name), second) * self.scaling[adapter_name]
+
+    def _get_delta_activations(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The update's part of the output.
+
+        Args:
+            adapter_name: which adapter.
+            x: of shape (..., inputs).
+
+        Returns:
+            Of shape (..., outputs).
+        """
+        first = self._first(adapter_name)
+        x = cast_input(x, first.dtype)
+        rows = x.unflatten(-1, (first.shape[1], -1))
+        if adapter_name in self.lokr_w2:
+            second = self.lokr_w2[adapter_name]
+            if first.shape[0] * second.shape[1] <= first.shape[1] * second.shape[0]:
+                mixed = nn.functional.linear(_mix(first, rows), second)
+            else:
+                mixed = _mix(first, nn.functional.linear(rows, second))
+        else:
+            # Mixed where it is smallest: between the two halves of the second factor.
+            inner = nn.functional.linear(rows, self.lokr_w2_b[adapter_name])
+            mixed = nn.functional.linear(_mix(first, inner), self.lokr_w2_a[adapter_name])
+        output = mixed.flatten(-2) * self.scaling[adapter_name]
+        if self.training and self.rank_dropout[adapter_name]:
+            rate, scale = self.rank_dropout[adapter_name], self.rank_dropout_scale[adapter_name]
+            output = output * output_dropout(output.shape[-1], rate, scale, output)
+        return output
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT can approximate the update by a LoRA."""
+        return True
+
+
+def _mix(first: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``first @ rows`` over the second last dimension, which for the usual 2 x 2 factor is a few scaled sums.
+
+    Args:
+        first: of shape (out_A, in_A).
+        rows: of shape (..., in_A, n).
+
+    Returns:
+        Of shape (..., out_A, n).
+    """
+    return torch.matmul(first.to(rows.dtype), rows)
+
+
+class FactoredLoKrModel(LoKrModel):
+    """PEFT's LoKr with :class:`FactoredLoKrLinear` for every linear layer; convolutions stay PEFT's."""
+
+    @classmethod
+    def _create_new_module(cls, config: Any, adapter_name: str, target: nn.Module, **options: Any) -> Any:
+        if is_linear(target):
+            return FactoredLoKrLinear(target, adapter_name, config, **options)
+        return super()._create_new_module(config, adapter_name, target, **options)
+
+
+def equal_rank(lora_rank: int, inputs: int, outputs: int, factor: int = 2) -> int:
+    """The LoKr rank whose decomposed second factor has as many parameters as a LoRA of ``lora_rank``, rounded down.
+
+    A LoRA has ``lora_rank * (inputs + outputs)``; LoKr at this factor has its first factor's and
+    ``rank * (inputs + outputs) / factor``.
+    """
+    return math.floor((lora_rank * (inputs + outputs) - factor**2) * factor / (inputs + outputs))

@@ -1,0 +1,95 @@
+"""AdaLoRA's part of the training loop: its penalty, and the ranks that it hands out after each optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from llm_at_home.records.schema import Reading
+
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+NOT_ADALORA = "the adapter hands out no ranks"
+
+
+class RankAllocation(Callback):
+    """Lowers the ranks of an AdaLoRA adapter on its schedule; does nothing for other adapters.
+
+    PEFT's AdaLoRA never prunes by itself: after each optimizer step, and while its gradients are still there, somebody
+    must tell it so. It also adds its orthogonality penalty only to losses that the model computes, which ours does not.
+    Zhang et al. 2023, equations 4, 8 and 12.
+    """
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._restored: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Find the adapter, if it is one of AdaLoRA's."""
+        from peft import AdaLoraModel
+
+        base = getattr(pl_module.model, "base_model", None)
+        if isinstance(base, AdaLoraModel) and hasattr(base, "rankallocator"):
+            self._model = base
+            pl_module.penalty = self.penalty
+            pl_module.after_optimizer_step = self.allocate
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Put back what a resumed run knew of its directions."""
+        if self._model is None or self._restored is None:
+            return
+        allocator, device = self._model.rankallocator, pl_module.device
+        for name in SCORES:
+            setattr(allocator, name, {key: value.to(device) for key, value in self._restored[name].items()})
+        self._config.rank_pattern = self._restored["rank_pattern"]
+
+    @property
+    def _config(self) -> Any:
+        return self._model.peft_config[self._model.trainable_adapter_name]
+
+    def penalty(self) -> torch.Tensor | None:
+        """How far the directions are from orthonormal: the mean Frobenius norm of P^T P - I, weighted. A scalar."""
+        weight = self._config.orth_reg_weight
+        if not weight:
+            return None
+        norms = []
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and ("lora_A" in name or "lora_B" in name):
+                product = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+                norms.append(torch.linalg.norm(product - torch.eye(len(product), device=product.device)))
+        return weight * torch.stack(norms).mean()
+
+    def allocate(self, step: int) -> None:
+        """After the optimizer's step number ``step``, the first of which is 1, while its gradients are there."""
+        self._model.update_and_allocate(step)
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each matrix by its layer's name; empty for other adapters and before the first allocation."""
+        pattern = self._config.rank_pattern if self._model is not None else None
+        return {name.split(".lora_E")[0].removeprefix("model."): sum(kept) for name, kept in (pattern or {}).items()}
+
+    def readings(self) -> dict[str, Reading]:
+        """``rank_mean`` over all matrices; nothing for adapters whose rank is fixed."""
+        if self._model is None:
+            return {}
+        ranks = self.ranks()
+        if not ranks:
+            return {"rank_mean": Reading.unknown("1", "the run ended before the first allocation")}
+        return {"rank_mean": Reading(sum(ranks.values()) / len(ranks), "1", "counted", n=len(ranks))}
+
+    def adapter_facts(self) -> dict[str, Any]:
+        """What the record says of the adapter: the rank that each matrix was left with."""
+        ranks = self.ranks()
+        return {"rank_pattern": ranks} if ranks else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The importance scores and the pattern, without which a resumed run would choose other directions."""
+        if self._model is None:
+            return {}
+        allocator = self._model.rankallocator
+        return {**{name: dict(getattr(allocator, name)) for name in SCORES}, "rank_pattern": self._config.rank_pattern}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training starts, when the adapter is known."""
+        self._restored = state_dict or None

@@ -1,0 +1,130 @@
+"""AdaLoRA in the loop: the rank falls to its target on the run's own schedule, and a resumed run chooses the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llm_at_home.adapters.attach import prepare_for_training, rank_schedule
+from llm_at_home.errors import Refusal
+from llm_at_home.training.callbacks.rank_allocation import RankAllocation
+
+WORDS = (
+    *("adapter=adalora", "adapter.target_r=2", "adapter.init_r=4", "adapter.lora_alpha=4"),
+    *("data.batch_size=2", "callbacks.accumulation.steps=3", "optimizer.lr=1e-2", "limit=30"),
+    *("trainer.max_steps=16", "rerun=true"),
+)
+
+
+def record_of(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_the_mean_rank_ends_at_the_target_and_a_resumed_run_ends_the_same(command, tmp_path):
+    straight = tmp_path / "straight"
+    done = command("train.py", *WORDS, f"hydra.run.dir={straight}")
+    assert done.returncode == 0, done.stderr
+    record = record_of(straight)
+    pattern = record["adapter"]["rank_pattern"]
+    assert record["readings"]["rank_mean"]["value"] == sum(pattern.values()) / 14 == 2.0
+    assert len(pattern) == 14
+    assert len(set(pattern.values())) > 1, "the ranks were not chosen by importance"
+    assert any(name.endswith("layers.0.mlp.down_proj") for name in pattern)
+    # PEFT saves the kept directions alone.
+    from safetensors.torch import load_file
+
+    saved = load_file(straight / "adapter" / "adapter_model.safetensors")
+    assert sum(len(t) for name, t in saved.items() if "lora_E" in name) == 14 * 2
+
+    # Stopped in the middle of the lowering: the one checkpoint is that after step 9.
+    stopped = tmp_path / "stopped"
+    done = command("train.py", *WORDS, "callbacks.checkpoints.every_n_steps=9", f"hydra.run.dir={stopped}")
+    assert done.returncode == 0, done.stderr
+    checkpoints = stopped / "checkpoints"
+    assert [p.name for p in checkpoints.glob("step_*")] == ["step_000009"]
+    resumed = tmp_path / "resumed"
+    done = command("train.py", *WORDS, f"resume={stopped}", f"hydra.run.dir={resumed}")
+    assert done.returncode == 0, done.stderr
+    assert record_of(resumed)["adapter"]["rank_pattern"] == pattern
+    assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        straight / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+ADALORA = {
+    "name": "adalora",
+    "trains": "adapter",
+    "_target_": "peft.AdaLoraConfig",
+    "task_type": "CAUSAL_LM",
+    "target_r": 2,
+    "init_r": 4,
+    "target_modules": "all-linear",
+    "schedule": {"initial": 0.1, "final": 0.3},
+}
+
+
+class Trainer:
+    """What the callback looks at."""
+
+
+class Module:
+    def __init__(self, model):
+        self.model = model
+        self.penalty = self.after_optimizer_step = None
+        self.device = torch.device("cpu")
+
+
+@pytest.fixture
+def allocation(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    callback, module = RankAllocation(), Module(prepare_for_training(base, ADALORA, steps=20))
+    callback.on_fit_start(Trainer(), module)
+    return callback, module
+
+
+def test_the_penalty_is_peft_s(allocation):
+    callback, module = allocation
+    ids = torch.arange(30, 60).reshape(1, 30)
+    with torch.no_grad():
+        # PEFT adds it to the losses that the model computes.
+        with_penalty = module.model(input_ids=ids, labels=ids).loss
+        module.model.peft_config["default"].orth_reg_weight = 0.0
+        without = module.model(input_ids=ids, labels=ids).loss
+    assert callback.penalty() is None
+    module.model.peft_config["default"].orth_reg_weight = 0.5
+    assert float(callback.penalty()) == pytest.approx(float(with_penalty - without), rel=1e-3)
+    assert module.penalty == callback.penalty
+
+
+def test_other_adapters_are_left_alone(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    lora = {"name": "lora", "trains": "adapter", "_target_": "peft.LoraConfig", "target_modules": "all-linear"}
+    callback, module = RankAllocation(), Module(prepare_for_training(base, lora))
+    callback.on_fit_start(Trainer(), module)
+    assert module.penalty is None
+    assert module.after_optimizer_step is None
+    assert callback.readings() == {}
+    assert callback.adapter_facts() == {}
+    assert callback.state_dict() == {}
+
+
+def test_before_the_first_allocation_the_rank_is_unknown(allocation):
+    callback, _ = allocation
+    assert callback.readings()["rank_mean"].value is None
+    assert callback.adapter_facts() == {}
+
+
+def test_the_schedule_counts_the_steps_of_the_run():
+    shares = {"initial": 0.1, "final": 0.3}
+    assert rank_schedule(shares, 100) == {"total_step": 100, "tinit": 10, "tfinal": 30}
+    assert rank_schedule(shares, 8)["tinit"] == 2
+    with pytest.raises(Refusal, match="more steps"):
+        rank_schedule(shares, 3)
+    with pytest.raises(Refusal, match=r"trainer\.max_steps"):
+        rank_schedule(shares, None)
