@@ -153,9 +153,10 @@ def dense_copy(config: dict[str, Any], base: Any) -> Any:
         for name, layer in linear_layers(base):
             weight = layer(torch.eye(layer.in_features, dtype=dtype)).T.float()
             layers[name].weight.copy_(weight)
-        for own, other in zip(dense.parameters(), base.parameters(), strict=False):
-            if own.dim() == 1 and own.shape == other.shape:
-                own.copy_(other)
+        kept = dict(base.named_parameters())
+        for name, parameter in dense.named_parameters():
+            if parameter.dim() == 1:  # AWQ folds its scales into the norms
+                parameter.copy_(kept[name])
         dense.get_input_embeddings().weight.copy_(base.get_input_embeddings().weight)
     return dense
 

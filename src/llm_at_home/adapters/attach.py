@@ -61,7 +61,12 @@ def prepare_for_training(
             options["target_modules"] = _linear_names(model)
         if "schedule" in adapter:
             options |= rank_schedule(adapter["schedule"], steps)
-        return get_peft_model(model, instantiate(options, _convert_="object")).train()
+        made = get_peft_model(model, instantiate(options, _convert_="object")).train()
+    for name, parameter in made.named_parameters():
+        # AdaLoRA's constant, which PEFT makes anew, and trainable, when it casts it to a 16-bit base's dtype.
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+    return made
 
 
 def rank_schedule(schedule: Mapping[str, float], steps: int | None) -> dict[str, int]:

@@ -89,7 +89,8 @@ class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
         Returns:
             Of shape (..., outputs).
         """
-        first = self._first(adapter_name)
+        # Scaled where it is smallest.
+        first = self._first(adapter_name) * self.scaling[adapter_name]
         x = cast_input(x, first.dtype)
         rows = x.unflatten(-1, (first.shape[1], -1))
         if adapter_name in self.lokr_w2:
@@ -102,7 +103,7 @@ class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
             # Mixed where it is smallest: between the two halves of the second factor.
             inner = nn.functional.linear(rows, self.lokr_w2_b[adapter_name])
             mixed = nn.functional.linear(_mix(first, inner), self.lokr_w2_a[adapter_name])
-        output = mixed.flatten(-2) * self.scaling[adapter_name]
+        output = mixed.flatten(-2)
         if self.training and self.rank_dropout[adapter_name]:
             rate, scale = self.rank_dropout[adapter_name], self.rank_dropout_scale[adapter_name]
             output = output * output_dropout(output.shape[-1], rate, scale, output)

@@ -24,6 +24,7 @@ def register(implementation: str = FACTORED) -> None:
     from llm_at_home.adapters import bottleneck
     from llm_at_home.adapters.loha import FactoredLoHaModel
     from llm_at_home.adapters.lokr import FactoredLoKrModel
+    from llm_at_home.adapters.packed import PackedAdaLoraModel, PackedIA3Model
 
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"adapter.implementation={implementation} is none of {', '.join(IMPLEMENTATIONS)}")
@@ -31,6 +32,8 @@ def register(implementation: str = FACTORED) -> None:
     factored = implementation == FACTORED
     tuners[PeftType.LOKR] = FactoredLoKrModel if factored else LoKrModel
     tuners[PeftType.LOHA] = FactoredLoHaModel if factored else LoHaModel
+    tuners[PeftType.ADALORA] = PackedAdaLoraModel
+    tuners[PeftType.IA3] = PackedIA3Model
     tuners[bottleneck.PEFT_TYPE] = bottleneck.BottleneckModel
     configs: Any = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     configs[bottleneck.PEFT_TYPE] = bottleneck.BottleneckConfig

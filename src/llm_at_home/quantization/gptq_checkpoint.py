@@ -144,6 +144,8 @@ def read(folder: str, config: Mapping[str, Any]) -> Any:
         except ValueError as error:
             raise Refusal(f"GPTQModel cannot read this checkpoint: {' '.join(str(error).split())[:300]}") from error
     model = loaded.model.requires_grad_(False).eval()
+    if len(set(getattr(model, "hf_device_map", {}).values())) == 1:
+        del model.hf_device_map  # which is for models spread over devices: PEFT's prefix tuning looks for a GPU in it
     model.llm_at_home_checkpoint = str(folder)
     return model
 
