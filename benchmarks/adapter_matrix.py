@@ -47,7 +47,6 @@ BASES = {
     "gptq": ["quant=gptq"],
     "awq": ["quant=awq"],
     "int8_torchao": ["quant=int8_torchao"],
-    "rtn": ["quant=rtn"],
 }
 ADAPTERS = (
     *("lora", "rslora", "dora", "adalora", "lokr", "loha", "oft", "vera"),
@@ -56,6 +55,7 @@ ADAPTERS = (
 # Those whose update is a product with a part that starts at zero and is small, or that have few parameters.
 FAST = ("adalora", "lokr", "loha", "vera", "ia3", "prompt", "prefix", "p_tuning", "layernorm")
 RATES = {name: 1e-2 for name in FAST} | {"full": 1e-4}
+ROUNDED = 0.01  # above it a merged update was rounded to the base's grid, and is no longer what was trained
 MOVED = 0.02  # spread of what is added to trained parameters before gradients are compared
 
 
@@ -316,7 +316,9 @@ def mark(found: dict[str, Any]) -> str:
         return "**fails**"
     if not found["trains"]:
         return "**does not learn**"
-    return "trains, merges" if "merge_difference" in found else "trains"
+    if "merge_difference" not in found:
+        return "trains"
+    return "trains, merges" if found["merge_difference"] < ROUNDED else "trains, merging rounds it"
 
 
 def table(folder: Path) -> str:

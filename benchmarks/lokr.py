@@ -1,9 +1,9 @@
-"""LoKr with its factors against PEFT's LoKr and LyCORIS's, with LoRA of as many parameters as the reference, in one run.
+"""LoKr with its factors against PEFT's LoKr and LyCORIS's, in one run; LoRA of as many parameters is the reference.
 
     python benchmarks/lokr.py --out results/h100/lokr                       # Llama-2-7B's shape, random weights
     python benchmarks/lokr.py --out FILE_FOLDER --model smollm2_135m -- gpu=cpu
 
-Each contender trains the same base in the same process, one after the other and in the opposite order in the next round:
+Each contender trains the same base in the same process, one after the other, in the opposite order in the next round:
 forward, backward and AdamW on 8 micro-batches of 1 x 400 tokens a step, under autocast to the base's dtype. A figure is
 a ratio to LoRA's in the same run: median seconds a step, and the peak of torch's allocated memory (on a GPU; null
 elsewhere). LyCORIS is the extra ``comparisons``; where it is not installed its row says so.
@@ -16,7 +16,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "LoKr, factored": LOKR,
     "LoKr, PEFT": {**LOKR, "implementation": "peft"},
     "LoKr, LyCORIS": {**LOKR, "implementation": "lycoris"},
+    "LoKr, LyCORIS bypass": {**LOKR, "implementation": "lycoris", "bypass": True},
     "LoKr near the square root, factored": {**LOKR, "decompose_factor": -1, "r": 64},
     "LoKr near the square root, PEFT": {**LOKR, "decompose_factor": -1, "r": 64, "implementation": "peft"},
 }
@@ -91,7 +91,7 @@ class Contender:
 
 
 def lycoris(base: Any, adapter: dict[str, Any]) -> Any:
-    """LyCORIS's LoKr of the same shape on the same layers."""
+    """LyCORIS's LoKr of the same shape on the same layers; its bypass mode computes with the factors."""
     import torch
     from lycoris import LycorisNetwork, create_lycoris
 
@@ -103,6 +103,7 @@ def lycoris(base: Any, adapter: dict[str, Any]) -> Any:
         linear_alpha=adapter["alpha"],
         algo="lokr",
         factor=adapter["decompose_factor"],
+        bypass_mode=adapter.get("bypass", False),
     )
     network.apply_to()
     device = next(base.parameters()).device

@@ -1,7 +1,7 @@
 """Which adapters cannot be trained on which bases: refused at composition, in one line that says what to change.
 
-Each entry was found by trying (``benchmarks/adapter_matrix.py --ignore-refusals`` tries them again). This file holds what
-PEFT cannot do; a quantization's own ``check`` refuses what its kernels cannot.
+Each entry was found by trying (``benchmarks/adapter_matrix.py --ignore-refusals`` tries them again). This file holds
+what PEFT cannot do; a quantization's own ``check`` refuses what its kernels cannot.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ GRANULARITIES = ("tensor", "channel", "group")
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse settings that do not exist, and full fine-tuning.
+    """Refuse settings that do not exist, and training.
 
     Raises:
         Refusal: with one line that says what to change.
@@ -31,9 +31,10 @@ def check(config: Mapping[str, Any]) -> None:
         if quant["group_size"] < 8 or quant["group_size"] % 8:
             raise Refusal(f"quant.group_size={quant['group_size']} cannot be packed: give a multiple of 8")
         source.check_group_size(config["model"], quant["group_size"])
-    if config.get("adapter", {}).get("trains") == "all":
+    if config.get("adapter", {}).get("trains", "nothing") != "nothing":
+        name = config["adapter"].get("name", "full")
         raise Refusal(
-            "quant=rtn adapter=full cannot train, since codes take no gradients: use adapter=lora or quant=none"
+            f"quant=rtn adapter={name} cannot train: rtn is there to compare precision; use quant=nf4 or quant=none"
         )
 
 

@@ -13,17 +13,38 @@ from llm_at_home.reporting import facts
 
 
 @functools.cache
+def _published() -> dict[str, Any]:
+    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
 def table1() -> dict[str, Any]:
     """The paper's Table I: ``device``, ``workload``, ``generated_tokens`` and ``rows``."""
-    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)["table_1"]
+    found: dict[str, Any] = _published()["table_1"]
+    return found
+
+
+def table3() -> dict[str, Any]:
+    """The paper's Table III: ``device``, ``workload``, ``steps`` and ``rows``."""
+    found: dict[str, Any] = _published()["table_3"]
     return found
 
 
 def counterpart(record: Record) -> dict[str, Any] | None:
     """The row of Table I with this quantization (and, of dense weights, this dtype), or None."""
+    return _alike(record, table1()["rows"])
+
+
+def finetuning_counterpart(record: Record) -> dict[str, Any] | None:
+    """The row of Table III with this adapter and quantization (and, of dense weights, this dtype), or None."""
+    name = facts.name_at(record.config, "adapter", "name")
+    return _alike(record, [row for row in table3()["rows"] if row["adapter"] == name])
+
+
+def _alike(record: Record, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     dtype = facts.name_at(record.config, "dtype")
-    alike = (row for row in table1()["rows"] if row["quant"] == facts.quant(record))
+    alike = (row for row in rows if row["quant"] == facts.quant(record))
     return next((row for row in alike if row["dtype"] in (None, dtype)), None)
 
 
@@ -38,6 +59,16 @@ def scaled_time(record: Record) -> Reading | None:
     if rate is not None and rate.value:
         rate = Reading(1 / rate.value, "s/token", rate.method)
     return _scaled(record, rate, "h")
+
+
+def scaled_training_energy(record: Record) -> Reading | None:
+    """Wh of as many optimizer steps as the paper's, at this run's J/step; None where the record has no such figure."""
+    share = record.readings.get("energy_per_step")
+    if share is None or share.value is None:
+        return None if share is None else Reading.unknown("Wh", share.reason or "", share.method)
+    steps, made = table3()["steps"], facts.at(record.counts, "optimizer_steps")
+    sample = f"{made:,}" if isinstance(made, int) else "an unknown number of"
+    return Reading(share.value * steps / 3600, "Wh", f"{share.method}, scaled from {sample} steps to {steps:,}")
 
 
 def _scaled(record: Record, share: Reading | None, unit: str) -> Reading | None:

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm_at_home.adapters.attach import adapter_folder
+from llm_at_home.adapters import compatibility
+from llm_at_home.adapters.attach import adapter_folder, rank_schedule
 from llm_at_home.data.questions import questions_hash
 from llm_at_home.data.sources import data_hash
 from llm_at_home.errors import Refusal
@@ -112,6 +113,9 @@ def check(task: str, config: Mapping[str, Any]) -> None:
 
 def _check_train(config: Mapping[str, Any]) -> None:
     _check_synthetic(config, "data")
+    compatibility.check(config)
+    if "schedule" in config["adapter"]:
+        rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
     if config["trainer"]["max_steps"] < 1:
         raise Refusal(f"trainer.max_steps={config['trainer']['max_steps']} is too small: give at least 1")
     if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
