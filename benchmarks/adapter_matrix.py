@@ -55,7 +55,7 @@ ADAPTERS = (
 # Those whose update is a product with a part that starts at zero and is small, or that have few parameters.
 FAST = ("adalora", "lokr", "loha", "vera", "ia3", "prompt", "prefix", "p_tuning", "layernorm")
 RATES = {name: 1e-2 for name in FAST} | {"full": 1e-4}
-ROUNDED = 0.01  # above it a merged update was rounded to the base's grid, and is no longer what was trained
+ROUNDED = 0.05  # above it a merged update was rounded to the grid of the base, and is no longer what was trained
 MOVED = 0.02  # spread of what is added to trained parameters before gradients are compared
 
 
