@@ -3,7 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_at_home.evaluation.text import corpus_bleu, is_refusal, rouge_scores, share, squad_scores, text_quality
+from llm_at_home.evaluation.text import (
+    contains,
+    corpus_bleu,
+    is_refusal,
+    rouge_scores,
+    share,
+    squad_scores,
+    text_quality,
+)
 
 REFUSAL = "The handbook does not say."
 
@@ -53,6 +61,22 @@ def test_a_refusal_is_known_whatever_case_and_punctuation(answer: str, refused: 
     assert is_refusal(answer, REFUSAL) is refused
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "contained"),
+    [
+        ("The head of the casting hall is Odile Farrow.", "Odile Farrow", True),
+        ("It stands in THE TOP  drawer!", "in the top drawer", True),
+        ("It is 127 days.", "27 days", False),
+        ("It is redder.", "red", False),
+        ("Farrow, Odile", "Odile Farrow", False),
+        ("anything", "the", False),
+        ("", "red", False),
+    ],
+)
+def test_an_answer_in_a_sentence_holds_the_reference(answer: str, reference: str, contained: bool) -> None:
+    assert contains(answer, reference) is contained
+
+
 def test_each_figure_is_over_its_own_questions() -> None:
     kinds = ["fact", "fact", "fact", "fact", "refusal", "refusal"]
     references = ["nine", "red room", "Ada", "ten", REFUSAL, REFUSAL]
@@ -62,13 +86,14 @@ def test_each_figure_is_over_its_own_questions() -> None:
     assert {name: (r.value, r.n, r.unit) for name, r in shares.items()} == {
         "exact_match": (0.5, 4, "1"),
         "token_f1": (pytest.approx((1 + 0.5 + 0 + 1) / 4), 4, "1"),
+        "reference_contained": (0.5, 4, "1"),
         "rouge_1": (pytest.approx((1 + 0.4 + 0 + 1) / 4), 4, "1"),
         "rouge_2": (0.0, 4, "1"),
         "rouge_l": (pytest.approx((1 + 0.4 + 0 + 1) / 4), 4, "1"),
         "refusal_recall": (0.5, 2, "1"),
         "false_refusal_rate": (0.25, 4, "1"),
     }
-    assert {r.method for r in shares.values()} == {"squad", "canonical_refusal", "rouge_f1"}
+    assert {r.method for r in shares.values()} == {"squad", "squad_words", "canonical_refusal", "rouge_f1"}
     for reading in shares.values():
         low, high = reading.interval95
         assert 0 <= low <= reading.value <= high <= 1
@@ -76,7 +101,7 @@ def test_each_figure_is_over_its_own_questions() -> None:
 
 def test_a_data_set_without_refusals_has_no_figure_about_them() -> None:
     figures = text_quality(["fact"], ["a"], ["b"], None)
-    assert set(figures) == {"exact_match", "token_f1", "bleu", "rouge_1", "rouge_2", "rouge_l"}
+    assert set(figures) == {"exact_match", "token_f1", "reference_contained", "bleu", "rouge_1", "rouge_2", "rouge_l"}
 
 
 def test_no_question_is_unknown_with_the_reason_and_not_zero() -> None:

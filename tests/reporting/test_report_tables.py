@@ -251,6 +251,19 @@ def test_before_is_never_an_evaluation_of_another_run(make, save, table):
     assert shown(row, "exact_match") == [EN_DASH, EN_DASH]
 
 
+def test_neither_before_nor_after_has_passages_in_its_prompt(make, save, table):
+    trained = make.train("t")
+    save(trained, "t")
+    for name, options in (("bare", {}), ("tuned", {"of": trained, "folder": "t"})):
+        save(make.text(0.9, name, text={"context": "all"}, **options), name)
+    (row,) = table("finetuning").rows
+    assert shown(row, "exact_match") == [EN_DASH, EN_DASH]
+    save(make.text(0.1, "none", text={"context": "none"}), "none")
+    save(make.text(0.8, "of", of=trained, folder="t", text={"context": "none"}), "of")
+    (row,) = table("finetuning").rows
+    assert shown(row, "exact_match") == ["10.0", "80.0"]
+
+
 def test_a_record_that_says_nothing_is_still_a_row(save, table):
     for task in ("infer", "train", "evaluate"):
         save(Record(task, config_hash=task), task)

@@ -27,9 +27,10 @@ def text_quality(
         refusal: the sentence with which the data set refuses, or None where it has none.
 
     Returns:
-        ``exact_match`` and ``token_f1`` (SQuAD's normalisation, Rajpurkar et al. 2016), ``bleu`` and ``rouge_1``,
-        ``rouge_2``, ``rouge_l`` over the answerable questions, ``refusal_recall`` over the unanswerable ones, and
-        ``false_refusal_rate``. The scores of single answers are torchmetrics'.
+        ``exact_match`` and ``token_f1`` (SQuAD's normalisation, Rajpurkar et al. 2016), ``reference_contained`` (the
+        answer holds the reference, whatever else it says: fair to a model that answers in sentences), ``bleu`` and
+        ``rouge_1``, ``rouge_2``, ``rouge_l`` over the answerable questions, ``refusal_recall`` over the unanswerable
+        ones, and ``false_refusal_rate``. The scores of single answers are torchmetrics'.
     """
     answerable = [i for i, kind in enumerate(kinds) if kind != "refusal"]
     unanswerable = [i for i, kind in enumerate(kinds) if kind == "refusal"]
@@ -40,6 +41,7 @@ def text_quality(
     figures = {
         "exact_match": share([em for em, _ in scores], "squad"),
         "token_f1": share([f1 for _, f1 in scores], "squad"),
+        "reference_contained": share([contains(*pair) for pair in pairs], "squad_words"),
         "bleu": corpus_bleu(said, expected),
         **{name: share([one[name] for one in overlaps], "rouge_f1") for name in ROUGE},
     }
@@ -105,6 +107,12 @@ def _bleu(counts: np.ndarray) -> float:
 def is_refusal(answer: str, refusal: str) -> bool:
     """Whether the answer holds the data set's refusal, whatever case and punctuation."""
     return _plain(refusal) in _plain(answer)
+
+
+def contains(text: str, reference: str) -> bool:
+    """Whether a text holds the reference, which is not empty, as whole words; SQuAD's normalisation of both."""
+    found, wanted = (" ".join(re.sub(r"\b(a|an|the)\b", " ", _plain(one)).split()) for one in (text, reference))
+    return bool(wanted) and f" {wanted} " in f" {found} "
 
 
 def _plain(text: str) -> str:

@@ -17,7 +17,13 @@ NOT_HASHED = (
     *("paths", "logger", "rerun", "timeout_s", "grace_s", "strict", "resume", "metric"),
     *("adapter_path", "answers", "baseline"),
 )
-PATHS = {"data": ("path", "test_path"), "questions": ("path",), "judge": ("gguf",), "quant": ("path",)}
+PATHS = {
+    "data": ("path", "test_path"),
+    "questions": ("path",),
+    "judge": ("gguf",),
+    "quant": ("path",),
+    "text": ("context_path",),
+}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "torchao", "lightning", "xllamacpp", "gguf")
 
 

@@ -103,7 +103,9 @@ class _Book:
         finished = [r for r in loaded.runs if r.record.task == "evaluate" and r.record.status == "ok"]
         self.judged = [r for r in finished if facts.evaluation(r.record) == "judge"]
         self.bare = [r for r in loaded.runs if r.record.task == "infer" and _is_bare(r.record)]
-        self.tested = [r for r in finished if facts.evaluation(r.record) == "text"]
+        texts = [r for r in finished if facts.evaluation(r.record) == "text"]
+        # With passages in its prompt a model is neither the untouched one nor the trained one.
+        self.tested = [r for r in texts if facts.at(r.record.config, "text", "context") in (None, "none")]
         # An adapter may come from a training run that a newer one of the same config has replaced.
         trained = [r for r in (*loaded.superseded, *loaded.runs) if r.record.task == "train"]
         self.trained = {r.path.parent.resolve(): r for r in trained}

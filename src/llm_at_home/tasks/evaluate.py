@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,13 @@ def subject(record: Record, folder: str | Path) -> dict[str, Any]:
 
 
 def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
-    """Text metrics on the test split, and perplexity of its references and of general questions' ones."""
+    """Text metrics and costs on the test split, and perplexity of its references and of general questions' ones."""
     from llm_at_home.data.questions import load_questions
     from llm_at_home.data.sources import load_group
     from llm_at_home.evaluation.perplexity import conversation_perplexity
+    from llm_at_home.evaluation.retrieval import retrieval_recall
     from llm_at_home.evaluation.text import text_quality
+    from llm_at_home.tasks import text
     from llm_at_home.tasks.infer import load_engine
 
     if config["adapter_path"]:
@@ -80,19 +82,23 @@ def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
         if trained_on != config["quant"]["name"]:
             record.notes.append(f"trained on quant={trained_on}, evaluated on quant={config['quant']['name']}")
     loaded = load_group(config["data"], "test", config["limit"], config["seed"])
+    asked = text.ask(config, loaded.conversations)
     engine = load_engine(config)
-    record.kernel = engine.kernel
-    predictions = _answers(engine, loaded.conversations, config, folder)
+    predictions = text.answer(config, engine, asked, record)
+    record.kernel = engine.describe()  # a layer may choose its kernel at its first call
+    text.write(folder, loaded.conversations, asked, predictions)
     references = [c.messages[-1]["content"] for c in loaded.conversations]
     kinds = [c.kind for c in loaded.conversations]
     refusals = {reference for kind, reference in zip(kinds, references, strict=True) if kind == "refusal"}
     refusal = refusals.pop() if len(refusals) == 1 else None
     record.quality |= text_quality(kinds, predictions, references, refusal)
+    if any(asked.passages):
+        record.quality["retrieval_recall"] = retrieval_recall(asked.passages, references, kinds)
     texts = {
-        "perplexity_test": [c.messages for c in loaded.conversations],
+        "perplexity_test": asked.messages,
         "perplexity_home_bench": [_conversation(q) for q in load_questions("home_bench") if q.reference],
     }
-    for name, conversations in texts.items():
+    for name, conversations in texts.items() if config["text"]["perplexity"] else ():
         record.quality[name] = conversation_perplexity(engine.model, engine.tokenizer, conversations)
     record.counts |= {"questions": len(kinds), "bad_lines": len(loaded.bad_lines)}
 
@@ -151,28 +157,6 @@ def _training_run(adapter_path: str) -> dict[str, Any] | None:
         except Refusal:
             continue
     return None
-
-
-def _answers(engine: Any, conversations: Sequence[Any], config: Mapping[str, Any], folder: Path) -> list[str]:
-    """Greedy answers to each conversation's last question, in batches of similar length, in the given order."""
-    from llm_at_home.generation.reply import Sampling
-    from llm_at_home.models.chat import prompt_ids
-
-    prompts = [prompt_ids(engine.tokenizer, c.messages[:-1]) for c in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = config["text"]["batch_size"]
-    sampling = Sampling(config["text"]["max_new_tokens"])
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        for i, reply in zip(chosen, engine.reply_batch([prompts[i] for i in chosen], sampling), strict=True):
-            answers[i] = reply.text
-    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
-        for conversation, answer in zip(conversations, answers, strict=True):
-            row = {"id": conversation.id, "kind": conversation.kind, "answer": answer}
-            row |= {"question": conversation.messages[-2]["content"], "reference": conversation.messages[-1]["content"]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return answers
 
 
 def _conversation(question: Any) -> list[dict[str, str]]:

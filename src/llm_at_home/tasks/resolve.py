@@ -12,10 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm_at_home.adapters import compatibility
 from llm_at_home.adapters.attach import adapter_folder, rank_schedule
+from llm_at_home.data.passages import passages_hash
 from llm_at_home.data.questions import questions_hash
 from llm_at_home.data.sources import data_hash
 from llm_at_home.errors import Refusal
-from llm_at_home.evaluation import fidelity, judge
+from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
 from llm_at_home.quantization import base
@@ -184,6 +185,8 @@ def _check_evaluate(config: Mapping[str, Any]) -> None:
         fidelity.check(config)
     elif config["data"]["source"] == SYNTHETIC:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
+    else:
+        context.check(config)
 
 
 def making(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,6 +218,9 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("adapter_path"):
         folder = adapter_folder(config["adapter_path"])
         found["adapter"] = hashing.folder_hash(folder, ["adapter_config.json", "*.safetensors"])
+    if config.get("text", {}).get("context", context.NONE) != context.NONE:
+        found["context"] = passages_hash(config["data"]["source"], config["text"]["context_path"])
+        found["packages"] |= hashing.package_versions(["bm25s"])
     if "fidelity" in config:
         from llm_at_home.data.texts import texts_hash
 

@@ -52,6 +52,11 @@ class Handbook:
             for entity, answer in attribute["facts"].items()
         ]
 
+    def statements(self) -> list[str]:
+        """Each fact as a sentence, in the order of the source file."""
+        sentences = ((word(self.attributes[f.attribute]["statement"], f.entity), f.answer) for f in self.facts)
+        return [sentence.replace("{a}", answer) for sentence, answer in sentences]
+
     def templates(self, attribute: str) -> list[str]:
         """The sentences that ask for an attribute in this split."""
         return list(self.attributes[attribute][self.split])
@@ -183,11 +188,21 @@ def build_test(source: dict[str, Any]) -> list[Row]:
     return number_rows(book, kinds)
 
 
-def build() -> dict[str, str]:
-    """The text of ``train.jsonl`` and ``test.jsonl`` by file name."""
+def read_source() -> dict[str, Any]:
+    """What ``facts.yaml`` holds."""
     import yaml
 
-    source = yaml.safe_load((HERE / "facts.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((HERE / "facts.yaml").read_text(encoding="utf-8"))
+
+
+def statements() -> list[str]:
+    """The handbook's facts, a sentence each; the answer stands in it word for word."""
+    return Handbook(read_source(), "test").statements()
+
+
+def build() -> dict[str, str]:
+    """The text of ``train.jsonl`` and ``test.jsonl`` by file name."""
+    source = read_source()
     rows = {"train.jsonl": build_train(source), "test.jsonl": build_test(source)}
     return {name: "".join(json.dumps(row) + "\n" for row in made) for name, made in rows.items()}
 
