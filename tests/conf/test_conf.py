@@ -13,7 +13,7 @@ from llm_at_home.adapters.attach import OWN_KEYS, rank_schedule
 from llm_at_home.tasks import resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMMANDS = ("train", "infer", "evaluate", "quantize")
+COMMANDS = ("train", "infer", "evaluate", "quantize", "merge")
 NO_GROUP = ("hydra",)
 # Each experiment and its command.
 EXPERIMENTS = {
@@ -25,7 +25,11 @@ EXPERIMENTS = {
     "fidelity": "evaluate",
 }
 # What a choice cannot do without.
-REQUIRED = {"model/custom": ["model.source=some/model"], "data/jsonl": ["data.path=here.jsonl"]}
+REQUIRED = {
+    "model/custom": ["model.source=some/model"],
+    "data/jsonl": ["data.path=here.jsonl"],
+    "merge": ["adapter_path=some/run", "out=some/folder"],
+}
 
 
 def composed(command: str, *overrides: str) -> DictConfig:
@@ -45,7 +49,13 @@ def choices() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("command", "group", "choice"), choices())
 def test_every_choice_composes_and_resolves(command, group, choice):
-    config = composed(command, f"{group}={choice}", *REQUIRED.get(f"{group}/{choice}", []), "gpu.device=cpu")
+    config = composed(
+        command,
+        f"{group}={choice}",
+        *REQUIRED.get(f"{group}/{choice}", []),
+        *REQUIRED.get(command, []),
+        "gpu.device=cpu",
+    )
     resolved = resolve.resolve(command, config)
     assert "auto" not in (resolved.get("dtype"), resolved["gpu"]["device"])
 

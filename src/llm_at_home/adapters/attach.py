@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ from llm_at_home.quantization.gptq_output import library_output
 OWN_KEYS = ("name", "trains", "implementation", "starts_as_identity", "schedule")
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PUBLISHED_FILES = ["adapter_config.json", "adapter_model.*"]
+
+
 def adapter_folder(path: str | Path) -> Path:
-    """The folder with ``adapter_config.json``: the one given, or the last one that a training run saved.
+    """The folder with ``adapter_config.json``: the one given, the one that a training run saved, or the hub's.
+
+    Args:
+        path: a folder, or a hub id (``OWNER/NAME``) where there is no such folder.
 
     Raises:
         Refusal: when there is none.
@@ -27,7 +35,23 @@ def adapter_folder(path: str | Path) -> Path:
     for candidate in (folder, folder / "adapter"):
         if (candidate / "adapter_config.json").is_file():
             return candidate
+    if not folder.exists() and HUB_ID.fullmatch(str(path)):
+        return _published(str(path))
     raise Refusal(f"{path} holds no adapter_config.json: give a training run's folder or a saved adapter's")
+
+
+def _published(hub_id: str) -> Path:
+    """A published adapter, fetched into the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=PUBLISHED_FILES))
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise Refusal(f"{hub_id} is no folder, and the hub does not give it ({why}): give a folder") from error
+    if not (folder / "adapter_config.json").is_file():
+        raise Refusal(f"{hub_id} on the hub holds no adapter_config.json: it is no adapter; use model.source={hub_id}")
+    return folder
 
 
 def prepare_for_training(
@@ -118,6 +142,40 @@ def attach_saved(model: Any, path: str | Path) -> Any:
             return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError) as error:
         raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def add_saved(model: Any, path: str | Path, name: str) -> None:
+    """Load a further adapter beside those that are there; :func:`use` switches to it.
+
+    Args:
+        model: as :func:`attach_saved` gives it.
+        path: of the adapter.
+        name: it is called so from now on.
+
+    Raises:
+        Refusal: when it does not fit this model, or beside the adapters that are there.
+    """
+    folder = adapter_folder(path)
+    try:
+        with library_output():
+            model.load_adapter(str(folder), name)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Refusal(f"the adapter in {folder} does not fit here: {str(error).splitlines()[0]}") from error
+    model.eval()
+
+
+def merged(model: Any) -> Any:
+    """The base with the adapter's update added to its weights, and no adapter any more.
+
+    Raises:
+        Refusal: for an adapter that is no update of weights.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise Refusal("a prompt has no place in the weights: serve it beside the base with adapter_path=")
+    try:
+        return model.merge_and_unload()
+    except (ValueError, NotImplementedError) as error:
+        raise Refusal(f"this adapter is not merged: {str(error).splitlines()[0]}") from error
 
 
 def trainable_parameters(model: Any) -> int:

@@ -20,6 +20,7 @@ from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
 from llm_at_home.quantization import base
+from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
@@ -108,7 +109,13 @@ def check(task: str, config: Mapping[str, Any]) -> None:
     if "model" in config:
         source.check(config["model"])
         base.check(config)
-    checks = {"train": _check_train, "infer": _check_infer, "evaluate": _check_evaluate, "quantize": _check_quantize}
+    checks = {
+        "train": _check_train,
+        "infer": _check_infer,
+        "evaluate": _check_evaluate,
+        "quantize": _check_quantize,
+        "merge": _check_merge,
+    }
     checks[task](config)
 
 
@@ -159,6 +166,21 @@ def _check_quantize(config: Mapping[str, Any]) -> None:
         raise Refusal("random weights are quantized while they load: use model.weights=pretrained")
     if source.quantized_as(config["model"]):
         raise Refusal("model.source is quantized already: there is nothing to make")
+
+
+def _check_merge(config: Mapping[str, Any]) -> None:
+    """What merging rounds away, or cannot write, is refused."""
+    if config["quant"]["method"] != "dense":
+        raise Refusal(
+            f"merging into quant={config['quant']['name']} would round the update away: merge with quant=none, and "
+            "quantize the merged model (model.source=FOLDER)"
+        )
+    if config["model"]["weights"] == "random":
+        raise Refusal("random weights have nothing to be merged with: use model.weights=pretrained")
+    if Path(config["out"]).exists():
+        raise Refusal(f"out={config['out']} exists: give a folder that does not")
+    if config["gguf"] and config["gguf"] not in WRITTEN:
+        raise Refusal(f"gguf={config['gguf']} is not written by Python: choose one of {', '.join(WRITTEN)}")
 
 
 def _check_synthetic(config: Mapping[str, Any], group: str) -> None:
