@@ -145,7 +145,7 @@ def attach_saved(model: Any, path: str | Path) -> Any:
 
 
 def add_saved(model: Any, path: str | Path, name: str) -> None:
-    """Load a further adapter beside those that are there; :func:`use` switches to it.
+    """Load a further adapter beside those that are there; PEFT's ``model.set_adapter(name)`` switches to it.
 
     Args:
         model: as :func:`attach_saved` gives it.

@@ -1,0 +1,92 @@
+"""make merge: the merged model says what the adapter on its base says, and what cannot be merged is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_at_home.adapters.attach import adapter_folder, add_saved, attach_saved, merged, prepare_for_training
+from llm_at_home.errors import Refusal
+
+MODULE = "src/llm_at_home/tasks/merge.py"
+IDS = torch.arange(50, 80).reshape(1, 30)
+LORA = {"name": "lora", "trains": "adapter", "_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM"}
+LORA |= {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}  # off its start: an update to merge
+PROMPT = {"name": "prompt", "trains": "adapter", "_target_": "peft.PromptTuningConfig", "task_type": "CAUSAL_LM"}
+PROMPT |= {"num_virtual_tokens": 4}
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    def save(adapter, name="adapter", seed=0):
+        torch.manual_seed(seed)
+        model = prepare_for_training(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), adapter)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            return tmp_path / name, model.eval()(IDS).logits
+
+    return save
+
+
+def test_the_merged_model_is_the_adapter_on_its_base(command, saved, tmp_path):
+    folder, logits = saved(LORA)
+    out = tmp_path / "out"
+    words = (f"adapter_path={folder}", f"out={out}", "gguf=F16", f"hydra.run.dir={tmp_path}/run")
+    done = command(MODULE, *words)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["quality"]["logit_difference"]["value"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert (out / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert (out / "tokenizer.json").is_file()
+    again = command(MODULE, *words)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+    assert [path.name for path in tmp_path.glob(".out*")] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["quant=nf4"], "merge with quant=none"),
+        (["gguf=Q4_K_M"], "choose one of F32"),
+        (["adapter_path=/no"], "holds no"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(command, saved, tmp_path, words, hint):
+    folder, _ = saved(LORA)
+    done = command(MODULE, f"adapter_path={folder}", f"out={tmp_path}/out", *words)
+    assert done.returncode == 2
+    assert hint in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_is_not_merged(saved, tiny_model):
+    folder, _ = saved(PROMPT)
+    model = attach_saved(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
+    with pytest.raises(Refusal, match="no place in the weights"):
+        merged(model)
+
+
+def test_adapters_are_switched_at_run_time(saved, tiny_model):
+    (one, first), (two, second) = saved(LORA, "one", 1), saved(LORA, "two", 2)
+    model = attach_saved(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), one)
+    add_saved(model, two, "two")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, first)
+        model.set_adapter("two")
+        torch.testing.assert_close(model(IDS).logits, second)
+    prompt, _ = saved(PROMPT, "prompt")
+    with pytest.raises(Refusal, match="does not fit here"):
+        add_saved(model, prompt, "prompt")
+
+
+def test_a_hub_id_without_a_hub_is_refused_in_a_line():
+    with pytest.raises(Refusal, match="is no folder, and the hub does not give it") as refusal:
+        adapter_folder("somebody/some-adapter")
+    assert "\n" not in str(refusal.value)
