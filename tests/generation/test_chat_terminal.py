@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 from llm_at_home.generation.chat import WELCOME, Chat
 from llm_at_home.generation.eager import EagerEngine
@@ -66,7 +67,7 @@ def test_reset_forgets_and_an_unknown_command_is_named_and_not_answered(engine) 
     chat, out = talk(engine, "Hello\n/reset\n/quit\n")
     assert chat.messages == []
     assert "(a new conversation)" in out
-    assert "/quit is no command: /reset or /exit" in out
+    assert "/quit is no command: /reset, /adapter or /exit" in out
 
 
 @pytest.mark.parametrize("text", ["", "/exit\n", "  /exit  \n", "\n\n"])
@@ -189,3 +190,43 @@ def test_a_real_terminal_is_read_by_input_and_control_d_leaves(engine, monkeypat
     chat.run()
     assert roles(chat) == ["user", "assistant"]
     assert chat.messages[0]["content"] == "Hello"
+
+
+def test_adapters_are_switched_in_the_conversation(tiny_model, tokenizer, tmp_path) -> None:
+    """Each adapter, and the base, answers a line in turn."""
+    from transformers import AutoModelForCausalLM
+
+    from llm_at_home.adapters.attach import add_saved, attach_saved, prepare_for_training
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    lora = {"name": "lora", "trains": "adapter", "_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM"}
+    lora |= {"r": 4, "lora_alpha": 64, "target_modules": "all-linear", "init_lora_weights": False}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        prepare_for_training(base(), lora).save_pretrained(tmp_path / str(seed))
+    model = attach_saved(base(), tmp_path / "1")
+    add_saved(model, tmp_path / "2", "two")
+    engine = EagerEngine(model, tokenizer, max_new_tokens=8, temperature=0.0)
+    assert engine.adapters == ["default", "two"]
+    lines = "".join(f"/adapter {name}\n/reset\nHello\n" for name in ("two", "none", "default"))
+    answers = []
+
+    class Kept(Chat):
+        def _answer(self, line: str) -> None:
+            super()._answer(line)
+            answers.append(self.messages[-1]["content"])
+
+    out = io.StringIO()
+    Kept(engine, lines=io.StringIO(f"Hello\n{lines}/adapter three\n"), out=out).run()
+    assert answers[0] == answers[3]
+    assert len(set(answers[:3])) == 3
+    alone, _ = talk(EagerEngine(base(), tokenizer, max_new_tokens=8, temperature=0.0), "Hello\n")
+    assert answers[2] == alone.messages[-1]["content"]
+    assert "/adapter NAME: default, two, none" in out.getvalue()
+
+
+def test_an_engine_without_adapters_says_so(engine) -> None:
+    _, out = talk(engine, "/adapter none\n")
+    assert "this engine has none" in out

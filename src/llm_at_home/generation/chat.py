@@ -1,4 +1,4 @@
-"""A conversation in the terminal: /reset forgets it, /exit ends it, Ctrl-C stops the answer and not the program."""
+"""A conversation in the terminal: /reset forgets it, /adapter switches, /exit ends it, Ctrl-C stops an answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from llm_at_home.generation.reply import OTHER_TEMPERATURE, Sampling
 from llm_at_home.models.chat import prompt_ids
 
 WELCOME = "Type a message. /reset starts anew, /exit leaves, Ctrl-C stops an answer."
+NO_ADAPTER = "none"
 
 
 class Chat:
@@ -41,8 +42,10 @@ class Chat:
                 if line == "/reset":
                     self.messages = []
                     self._say("(a new conversation)\n")
+                elif line.split()[:1] == ["/adapter"]:
+                    self._switch(line.removeprefix("/adapter").strip())
                 elif line.startswith("/"):
-                    self._say(f"{line} is no command: /reset or /exit\n")
+                    self._say(f"{line} is no command: /reset, /adapter or /exit\n")
                 elif line:
                     self._answer(line)
         finally:
@@ -68,6 +71,20 @@ class Chat:
         reply = self.engine.reply(prompt, sampling, on_text=self._say, should_stop=lambda: self._stop)
         self._say("\n" if reply.finish_reason != "stopped" else " (stopped)\n")
         self.messages.append({"role": "assistant", "content": reply.text})
+
+    def _switch(self, name: str) -> None:
+        """Answer with another adapter from now on, or with none; the conversation goes on."""
+        names = getattr(self.engine, "adapters", [])
+        if name not in (*names, NO_ADAPTER) or not names:
+            known = ", ".join([*names, NO_ADAPTER]) if names else "this engine has none"
+            self._say(f"/adapter NAME: {known}\n")
+            return
+        try:
+            self.engine.use_adapter(None if name == NO_ADAPTER else name)
+        except ValueError as error:
+            self._say(f"({error})\n")
+        else:
+            self._say(f"(adapter: {name})\n")
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._stop = True

@@ -46,6 +46,26 @@ class EagerEngine:
         return describe_kernel(self.model)
 
     @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that can be switched to; the first one's is ``default``."""
+        return list(getattr(self.model, "peft_config", {}))
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this adapter from now on; None is the base alone.
+
+        Raises:
+            ValueError: for None where the adapter is a prompt, which PEFT switches off for a while only.
+        """
+        if name is not None:
+            if not self.model.active_peft_config.is_prompt_learning:
+                self.model.enable_adapter_layers()
+            self.model.set_adapter(name)
+        elif self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("a prompt is not switched off: leave out adapter_path")
+        else:
+            self.model.disable_adapter_layers()
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return self.model.config.vocab_size

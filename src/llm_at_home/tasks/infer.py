@@ -75,10 +75,14 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
 
 def chat(config: dict[str, Any]) -> None:
     """Talk to the model in this process, whose terminal it needs."""
+    from llm_at_home.adapters.attach import add_saved
     from llm_at_home.generation.chat import Chat
 
     logs.set_up(logging.NullHandler())
-    Chat(load_engine(config), seed=config["seed"]).run()
+    engine = load_engine(config)
+    for name, path in config["adapters"].items():
+        add_saved(engine.model, path, name)
+    Chat(engine, seed=config["seed"]).run()
 
 
 def load_engine(config: Mapping[str, Any]) -> Any:

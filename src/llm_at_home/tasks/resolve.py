@@ -150,6 +150,10 @@ def _check_infer(config: Mapping[str, Any]) -> None:
         raise Refusal(f"engine=llamacpp runs .gguf files, and quant={config['quant']['name']} is none: {hint}")
     if config["mode"] not in ("bench", "chat"):
         raise Refusal(f"mode={config['mode']} is unknown: choose bench or chat")
+    if config["adapters"] and not (config["mode"] == "chat" and config["adapter_path"]):
+        raise Refusal("adapters= is for switching in mode=chat: name the first one with adapter_path=")
+    for path in config["adapters"].values():
+        adapter_folder(path)
     if config["repeats"] < 1:
         raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
     if config["engine"].get("batch_size", 1) < 1:
