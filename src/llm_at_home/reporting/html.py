@@ -17,6 +17,7 @@ from llm_at_home.reporting.facts import clean
 from llm_at_home.reporting.figures import charts
 from llm_at_home.reporting.load import Loaded
 from llm_at_home.reporting.overview import Overview
+from llm_at_home.reporting.ranks import rank_maps
 from llm_at_home.reporting.scatter import plots
 
 
@@ -41,6 +42,7 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
         tables=tables,
         charts={table.key: charts(table) for table in tables},
         plots={table.key: plots(table) for table in tables},
+        rank_maps={table.key: rank_maps(table) for table in tables},
         overview=overview,
         left_out=loaded.left_out,
         href=href,
