@@ -74,3 +74,12 @@ def test_resume_with_other_settings_is_refused(tmp_path, command):
     nothing = command("train.py", *few, f"resume={tmp_path}/none")
     assert nothing.returncode == 2
     assert "holds no checkpoint" in nothing.stderr
+
+
+def test_a_fully_trained_model_is_read_as_it_is(tmp_path, command):
+    folder = tmp_path / "run"
+    words = ("adapter=full", "limit=8", "trainer.max_steps=1", f"hydra.run.dir={folder}")
+    assert command("train.py", *words).returncode == 0
+    source = (f"model.source={folder}/model", "limit=2", "engine.max_new_tokens=4", f"hydra.run.dir={tmp_path}/infer")
+    done = command("infer.py", "model=custom", *source, model=False)
+    assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.adapters.start import check_start, probe_logits
+    from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.quantization.base import describe_kernel, load_base
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
@@ -83,7 +84,9 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     finally:
         _losses(record, module.history)
     if adapter["trains"] != "nothing":
-        save_weights(model, folder)
+        saved = save_weights(model, folder)
+        if adapter["trains"] == "all" and has_tokenizer(config["model"]):
+            load_tokenizer(config["model"]).save_pretrained(saved)  # so that model.source= reads it as it is
 
 
 def _callbacks(config: Mapping[str, Any], folder: Path, tracker: Tracker | None) -> list[Any]:
