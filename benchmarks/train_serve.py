@@ -152,11 +152,11 @@ def summary(scores: list[Any]) -> dict[str, Any]:
 def table(folder: Path) -> str:
     """Exact match of each pair, and the KL divergence from the pair that was trained, as Markdown."""
     text = []
+    trained = [name for name in BASES if (folder / name).is_dir()]
+    served = [serve for serve in SERVED if any(common.status(folder / name / serve) for name in trained)]
     for title, cell in (("exact match (%)", _match), ("KL divergence from the trained pair (nats/token)", _kl)):
-        lines = [[f"{title}: trained on", *(f"served on {name.replace('_', ', ')}" for name in SERVED)]]
-        for name in BASES:
-            if (folder / name).is_dir():
-                lines.append([name, *(cell(folder / name, serve) for serve in SERVED)])
+        lines = [[f"{title}: trained on", *(f"served on {name.replace('_', ', ')}" for name in served)]]
+        lines += [[name, *(cell(folder / name, serve) for serve in served)] for name in trained]
         text.append(common.markdown(lines))
     return "\n\n".join(text)
 
