@@ -1,0 +1,88 @@
+"""The adapters' benchmarks: what they would run composes, and the page's tables are those of the committed records."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from llm_at_home.errors import Refusal
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.reporting import published
+from llm_at_home.tasks import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "adapters.md"
+RESULTS = ROOT / "results"
+
+
+def script(name: str) -> ModuleType:
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as when the script is run
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("adapter_matrix", "two_core_cpu/adapter_matrix"),
+        ("table3", "h100/table3"),
+        ("train_serve", "two_core_cpu/train_serve"),
+    ],
+)
+def test_the_page_s_tables_are_those_of_the_records(name, folder):
+    lines = script(name).table(RESULTS / folder).splitlines()
+    assert len(lines) > 4
+    page = PAGE.read_text().splitlines()
+    missing = [line for line in lines if line and line not in page]
+    assert not missing, f"python benchmarks/{name}.py --table results/{folder} says otherwise: {missing[0]}"
+
+
+def refusal(command: str, words: list[str]) -> str | None:
+    words = ["logger=none", "gpu=cpu", *words]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve(command, compose(command, words), words)
+    try:
+        resolve.check(command, config)
+    except Refusal as refused:
+        return str(refused)
+    return None
+
+
+def test_every_row_of_table_3_and_every_adapter_of_the_handbook_composes():
+    table3, handbook = script("table3"), script("handbook")
+    for words in table3.ROWS.values():
+        assert refusal("train", ["experiment=table3", *words]) is None
+    for words, rates in handbook.ADAPTERS.values():
+        assert refusal("train", ["experiment=handbook", *words, f"optimizer.lr={rates[0]}", *handbook.TRIAL]) is None
+
+
+def test_a_training_run_finds_its_row_of_the_paper_and_is_scaled_to_its_steps():
+    def record(adapter, quant, dtype):
+        config = {"adapter": {"name": adapter}, "quant": {"name": quant}, "dtype": dtype}
+        readings = {"energy_per_step": Reading(3.6, "J/step", "nvml_counter")}
+        return Record("train", config=config, readings=readings, counts={"optimizer_steps": 12})
+
+    found = published.finetuning_counterpart(record("adalora", "nf4", "bfloat16"))
+    assert found["name"] == "Q-AdaLoRA"
+    assert published.finetuning_counterpart(record("lokr", "nf4", "bfloat16")) is None
+    assert published.finetuning_counterpart(record("lora", "none", "bfloat16")) is None
+    energy = published.scaled_training_energy(record("lora", "none", "float32"))
+    assert (energy.value, energy.unit) == (pytest.approx(15.0), "Wh")
+    assert energy.method == "nvml_counter, scaled from 12 steps to 15,000"
+
+
+def test_the_handbook_keeps_the_rate_with_the_lower_loss(tmp_path):
+    handbook = script("handbook")
+    (tmp_path / handbook.RATES).write_text('{"0.001": 2.0, "0.003": null}')
+    assert handbook.learning_rate("lora", tmp_path, []) == 0.001
+    (tmp_path / handbook.RATES).write_text('{"0.001": 2.0, "0.003": 1.5}')
+    assert handbook.learning_rate("lora", tmp_path, []) == 0.003
