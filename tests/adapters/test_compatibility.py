@@ -33,6 +33,9 @@ def checked(*words):
         ("int8", ["adapter=loha", "adapter.implementation=peft"], "adapter.implementation=factored"),
         ("none", ["adapter=lokr", "adapter.implementation=quick"], "factored or peft"),
         ("rtn", ["adapter=lora"], "quant=nf4"),
+        ("nf4", ["adapter=lora_pissa"], "quant=none"),
+        ("int8", ["adapter=lora_loftq"], "quant=nf4 or quant=nf4_nested"),
+        ("nf4", ["adapter=lora_loftq", "model.weights=random"], "adapter=lora"),
         ("none", ["adapter=adalora", "trainer.max_steps=3"], "more steps"),
     ],
 )
@@ -42,7 +45,8 @@ def test_what_cannot_work_is_refused_with_what_to_change(quant, adapter, hint):
     assert "\n" not in str(refusal.value)
 
 
-ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml") if path.stem not in ("full", "dora"))
+SOME_BASES = ("full", "dora", "lora_pissa", "lora_loftq")
+ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml") if path.stem not in SOME_BASES)
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4", "nf4_nested", "fp4", "gptq", "awq", "int8_torchao"])

@@ -11,7 +11,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.quantization.gptq_output import library_output
 
 # Keys of the adapter group that are ours and not its class's.
-OWN_KEYS = ("name", "trains", "implementation", "starts_as_identity", "schedule")
+OWN_KEYS = ("name", "trains", "implementation", "starts_as_identity", "schedule", "loftq")
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -86,6 +86,10 @@ def prepare_for_training(
         if "schedule" in adapter:
             options |= rank_schedule(adapter["schedule"], steps)
         made = get_peft_model(model, instantiate(options, _convert_="object")).train()
+    if adapter.get("loftq"):
+        from llm_at_home.adapters import loftq
+
+        loftq.start(made)
     for name, parameter in made.named_parameters():
         # AdaLoRA's constant, which PEFT makes anew, and trainable, when it casts it to a 16-bit base's dtype.
         if ".ranknum." in name:

@@ -13,8 +13,13 @@ from llm_at_home.adapters import methods
 from llm_at_home.errors import Refusal
 
 # The keys by which a configuration asks for a feature of PEFT that only some bases have.
-DORA, PEFT_LYCORIS = "DoRA", "PEFT's own LoKr and LoHa"
+DORA, PEFT_LYCORIS, PISSA, LOFTQ = "DoRA", "PEFT's own LoKr and LoHa", "PiSSA", "LoftQ"
 INSTEAD = {DORA: "adapter=lora, or quant=nf4", PEFT_LYCORIS: "adapter.implementation=factored"}
+# What works on the quantizations named alone, and why.
+ONLY = {
+    PISSA: (("none",), "it takes the base's weights apart"),
+    LOFTQ: (("nf4", "nf4_nested"), "it makes up for the rounding of nf4"),
+}
 # By base: the feature, and why not.
 REFUSED: dict[str, dict[str, str]] = {
     "int8": {
@@ -37,7 +42,13 @@ def base_kind(quant: Mapping[str, Any]) -> str:
 
 def features(adapter: Mapping[str, Any]) -> list[str]:
     """What an ``adapter`` group asks for that not every base has."""
-    asked = {DORA: adapter.get("use_dora"), PEFT_LYCORIS: adapter.get("implementation") == methods.PEFT}
+    start = str(adapter.get("init_lora_weights", ""))
+    asked = {
+        PISSA: start.startswith("pissa"),
+        LOFTQ: adapter.get("loftq"),
+        DORA: adapter.get("use_dora"),
+        PEFT_LYCORIS: adapter.get("implementation") == methods.PEFT,
+    }
     return [feature for feature, wanted in asked.items() if wanted]
 
 
@@ -51,6 +62,15 @@ def check(config: Mapping[str, Any]) -> None:
     if adapter.get("implementation", methods.FACTORED) not in methods.IMPLEMENTATIONS:
         known = " or ".join(methods.IMPLEMENTATIONS)
         raise Refusal(f"adapter.implementation={adapter['implementation']} is unknown: choose {known}")
+    for feature in features(adapter):
+        names, why = ONLY.get(feature, ((quant["name"],), ""))
+        if quant["name"] not in names:
+            choices = " or ".join(f"quant={name}" for name in names)
+            raise Refusal(f"adapter={adapter['name']} needs {choices}, since {why}: use that, or adapter=lora")
+        if feature == LOFTQ and config["model"]["weights"] == "random":
+            raise Refusal(
+                "adapter=lora_loftq reads the unquantized weights, which random ones are not: use adapter=lora"
+            )
     reasons = REFUSED.get(base_kind(quant), {})
     for feature in features(adapter):
         if feature in reasons:
