@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llm_at_home.errors import Refusal
@@ -47,6 +47,29 @@ def run_row(name: str, command: Sequence[str], out: Path, headline: Sequence[str
     shown = ", ".join(f"{text(figures[key], 3)} {figures[key].unit}" for key in headline if has(record, key))
     error = facts.error_line(record)
     return f"{name}: {record.status} in {seconds:.0f} s  {shown}{'  ' + error if error else ''}"
+
+
+def run_rows(rows: Iterable[tuple[str, Sequence[str]]], out: Path, minutes: float, headline: Sequence[str]) -> int:
+    """Run every row that is not there yet, until the time is up; 1 when one left no usable record.
+
+    Args:
+        rows: name and command of each, in the order of running.
+        out: where rows are kept.
+        minutes: no row is started after so many.
+        headline: the figures to show.
+    """
+    deadline = time.monotonic() + minutes * 60
+    failed = False
+    for name, command in rows:
+        if status(out / name) in DONE:
+            print(f"{name}: is there")
+            continue
+        if time.monotonic() > deadline:
+            print(f"{minutes:g} minutes are up: the same command goes on with {name}")
+            break
+        print(run_row(name, command, out, headline), flush=True)
+        failed |= status(out / name) not in DONE
+    return int(failed)
 
 
 def status(folder: Path) -> str | None:

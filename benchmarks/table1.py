@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import rows as common
@@ -46,19 +45,11 @@ def rows(methods: list[str], batches: list[int]) -> list[tuple[str, list[str]]]:
 
 def measure(args: argparse.Namespace) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record."""
-    deadline = time.monotonic() + args.minutes * 60
-    failed = False
-    for name, words in rows(args.rows, args.batches):
-        if common.status(args.out / name) in common.DONE:
-            print(f"{name}: is there")
-            continue
-        if time.monotonic() > deadline:
-            print(f"{args.minutes:g} minutes are up: the same command goes on with {name}")
-            break
-        command = ["infer.py", "experiment=table1", *words, *args.overrides]
-        print(common.run_row(name, command, args.out, HEADLINE), flush=True)
-        failed |= common.status(args.out / name) not in common.DONE
-    return int(failed)
+    commands = [
+        (name, ["infer.py", "experiment=table1", *words, *args.overrides])
+        for name, words in rows(args.rows, args.batches)
+    ]
+    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 
 
 def table(folder: Path) -> str:

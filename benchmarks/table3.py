@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import rows as common
@@ -43,19 +42,11 @@ MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak", 
 
 def measure(args: argparse.Namespace) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record."""
-    deadline = time.monotonic() + args.minutes * 60
-    failed = False
-    for name in args.rows:
-        if common.status(args.out / name) in common.DONE:
-            print(f"{name}: is there")
-            continue
-        if time.monotonic() > deadline:
-            print(f"{args.minutes:g} minutes are up: the same command goes on with {name}")
-            break
-        words = ["train.py", "experiment=table3", *ROWS[name], *args.overrides]
-        print(common.run_row(name, words, args.out, HEADLINE), flush=True)
-        failed |= common.status(args.out / name) not in common.DONE
-    return int(failed)
+    commands = [
+        (name, ["train.py", "experiment=table3", *words, *args.overrides])
+        for name, words in ((name, ROWS[name]) for name in args.rows)
+    ]
+    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 
 
 def table(folder: Path) -> str:

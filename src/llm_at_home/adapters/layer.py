@@ -39,8 +39,45 @@ def output_dropout(outputs: int, rate: float, rescale: bool, like: torch.Tensor)
     return kept / kept.mean() if rescale else kept
 
 
-class DenseMergeOnly:
-    """Merging adds the update to the base's weight, which only a dense floating-point weight can take."""
+class FactoredLinear:
+    """What LoKr and LoHa layers with their factors share; goes before PEFT's layer class in a class's bases.
+
+    Args:
+        base_layer: has ``in_features`` and ``out_features``.
+        adapter_name: of the first adapter.
+        config: PEFT's ``LoKrConfig`` or ``LoHaConfig``.
+        r: rank, at least 1.
+        alpha: the scale is ``alpha / r``.
+
+    Raises:
+        ValueError: for a rank below 1.
+    """
+
+    _active_adapter: str | list[str]
+    r: dict[str, int]
+    alpha: dict[str, float]
+    scaling: dict[str, float]
+    rank_dropout: dict[str, float]
+    module_dropout: dict[str, float]
+
+    def __init__(self, base_layer: Any, adapter_name: str, config: Any, r: int, alpha: float, **_: Any) -> None:
+        super().__init__(base_layer)  # type: ignore[call-arg]
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, alpha, config=config)  # type: ignore[attr-defined]
+
+    def _set_up(self, adapter_name: str, r: int, alpha: float, config: Any) -> tuple[int, int]:
+        """Keep an adapter's settings, and return the inputs and outputs of the base."""
+        if r < 1:
+            raise ValueError(f"{type(config).__name__} needs a rank of at least 1, not {r}")
+        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
+        self.scaling[adapter_name] = alpha / r
+        self.rank_dropout[adapter_name] = config.rank_dropout
+        self.module_dropout[adapter_name] = config.module_dropout
+        return widths(self.get_base_layer())  # type: ignore[attr-defined]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT can approximate the update by a LoRA."""
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base's weight.

@@ -18,24 +18,11 @@ from peft.tuners.loha.layer import LoHaLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from llm_at_home.adapters.layer import DenseMergeOnly, cast_input, is_linear, output_dropout, widths
+from llm_at_home.adapters.layer import FactoredLinear, cast_input, is_linear, output_dropout
 
 
-class FactoredLoHaLinear(DenseMergeOnly, LoHaLayer):
-    """A linear layer of any library with LoHa beside it.
-
-    Args:
-        base_layer: has ``in_features`` and ``out_features``.
-        adapter_name: of the first adapter.
-        config: PEFT's ``LoHaConfig``.
-        r: rank of each of the two products.
-        alpha: the scale is ``alpha / r``.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, alpha: float, **_: Any) -> None:
-        super().__init__(base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config=config)
+class FactoredLoHaLinear(FactoredLinear, LoHaLayer):
+    """A linear layer of any library with LoHa beside it; made as :class:`FactoredLinear` says."""
 
     def update_layer(  # type: ignore[override]
         self, adapter_name: str, r: int, alpha: float, config: Any, **kwargs: Any
@@ -45,13 +32,7 @@ class FactoredLoHaLinear(DenseMergeOnly, LoHaLayer):
         Raises:
             ValueError: for a rank below 1.
         """
-        if r < 1:
-            raise ValueError(f"LoHa needs a rank of at least 1, not {r}")
-        inputs, outputs = widths(self.get_base_layer())
-        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = alpha / r
-        self.rank_dropout[adapter_name] = config.rank_dropout
-        self.module_dropout[adapter_name] = config.module_dropout
+        inputs, outputs = self._set_up(adapter_name, r, alpha, config)
         self.create_adapter_parameters(adapter_name, r, (outputs, inputs))
         if config.init_weights:
             self.reset_adapter_parameters(adapter_name)
@@ -80,10 +61,6 @@ class FactoredLoHaLinear(DenseMergeOnly, LoHaLayer):
         if self.training and self.rank_dropout[adapter_name]:
             output = output * output_dropout(output.shape[-1], self.rank_dropout[adapter_name], True, output)
         return output
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT can approximate the update by a LoRA."""
-        return True
 
 
 def _whole(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:

@@ -17,24 +17,11 @@ from peft import LoKrModel
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from torch import nn
 
-from llm_at_home.adapters.layer import DenseMergeOnly, cast_input, is_linear, output_dropout, widths
+from llm_at_home.adapters.layer import FactoredLinear, cast_input, is_linear, output_dropout
 
 
-class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
-    """A linear layer of any library with LoKr beside it.
-
-    Args:
-        base_layer: has ``in_features`` and ``out_features``.
-        adapter_name: of the first adapter.
-        config: PEFT's ``LoKrConfig``.
-        r: rank of the decomposed second factor.
-        alpha: the scale is ``alpha / r``.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, alpha: float, **_: Any) -> None:
-        super().__init__(base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config=config)
+class FactoredLoKrLinear(FactoredLinear, LoKrLayer):
+    """A linear layer of any library with LoKr beside it; made as :class:`FactoredLinear` says."""
 
     def update_layer(  # type: ignore[override]
         self, adapter_name: str, r: int, alpha: float, config: Any, **kwargs: Any
@@ -44,14 +31,8 @@ class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
         Raises:
             ValueError: for a rank below 1.
         """
-        if r < 1:
-            raise ValueError(f"LoKr needs a rank of at least 1, not {r}")
-        inputs, outputs = widths(self.get_base_layer())
-        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = alpha / r
-        self.rank_dropout[adapter_name] = config.rank_dropout
+        inputs, outputs = self._set_up(adapter_name, r, alpha, config)
         self.rank_dropout_scale[adapter_name] = config.rank_dropout_scale
-        self.module_dropout[adapter_name] = config.module_dropout
         in_a, in_b = factorization(inputs, config.decompose_factor)
         out_a, out_b = factorization(outputs, config.decompose_factor)
         whole_a = not (config.decompose_both and r < max(out_a, in_a) / 2)
@@ -108,10 +89,6 @@ class FactoredLoKrLinear(DenseMergeOnly, LoKrLayer):
             rate, scale = self.rank_dropout[adapter_name], self.rank_dropout_scale[adapter_name]
             output = output * output_dropout(output.shape[-1], rate, scale, output)
         return output
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT can approximate the update by a LoRA."""
-        return True
 
 
 def _mix(first: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
