@@ -36,6 +36,7 @@ def script(name: str) -> ModuleType:
         ("adapter_matrix", "two_core_cpu/adapter_matrix"),
         ("table3", "h100/table3"),
         ("train_serve", "two_core_cpu/train_serve"),
+        ("handbook", "two_core_cpu/handbook"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder):
