@@ -36,7 +36,7 @@ ADAPTERS: dict[str, tuple[list[str], tuple[float, float]]] = {
     "bottleneck": (["adapter=bottleneck", "adapter.bottleneck_size=140"], LOW),
     "loha": (["adapter=loha", "adapter.r=16", "adapter.alpha=16"], MIDDLE),
     "dora": (["adapter=dora", "adapter.r=32", "adapter.lora_alpha=32"], LOW),
-    "oft": (["adapter=oft", "adapter.oft_block_size=96"], LOW),
+    "oft": (["adapter=oft", "adapter.oft_block_size=96"], SMALLEST),
     "rslora": (["adapter=rslora", "adapter.r=32", "adapter.lora_alpha=5.657"], LOW),
     "full": (["adapter=full"], SMALLEST),
     "vera": (["adapter=vera"], HIGH),
