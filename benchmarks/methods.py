@@ -4,7 +4,8 @@
     python benchmarks/fidelity_table.py results/two_core_cpu/methods
 
 A row is one ``infer.py experiment=methods`` (speed, memory, kernel) and one ``evaluate.py experiment=fidelity`` (what
-is lost), each in a process of its own. What is there is not run again: the same command goes on where it stopped.
+is lost; ``--halves fidelity`` for these alone, which several commands may run at once, since nothing is timed), each in
+a process of its own. What is there is not run again: the same command goes on where it stopped.
 Checkpoints are made first where the cache lacks them: minutes each for GPTQ and AWQ. The table of all rows is the
 report's (``make report``, ``make readme``); ``fidelity_table.py`` adds paired comparisons.
 """
@@ -57,7 +58,7 @@ def measure(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.minutes * 60
     failed = False
     for name in args.rows:
-        for half, (command, headline, keep) in HALVES.items():
+        for half, (command, headline, keep) in ((half, HALVES[half]) for half in args.halves):
             folder = args.out / name
             if common.status(folder / half) in common.DONE:
                 continue
@@ -74,6 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="keep each row's records below this folder")
     parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS), metavar="ROW")
+    parser.add_argument("--halves", nargs="+", choices=HALVES, default=list(HALVES), metavar="HALF")
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after so many (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
     return measure(parser.parse_args())
