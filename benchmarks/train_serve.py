@@ -5,11 +5,12 @@
 
 For each base in ``--train``, ``train.py experiment=handbook`` makes an adapter; for each way of serving, ``evaluate.py
 task=text`` answers the test split with it. ``merged_BASE`` merges the adapter into the unquantized base first
-(``tasks.merge``) and quantizes the result. Each pair leaves ``OUT/TRAIN/SERVE/record.json``; then one process for each
+(``tasks.merge``) and quantizes the result, a file for llama.cpp among the kinds; ``nf4_loftq`` and ``none_pissa`` are
+trained from these starts. Each pair leaves ``OUT/TRAIN/SERVE/record.json``; then one process for each
 trained adapter compares next-token distributions: ``OUT/TRAIN/kl.json`` has, for each way of serving, the mean KL
 divergence (nats/token) from the adapter on the base that it was trained on, along the reference answers of the test
-split, its bootstrap 95 % interval over questions, and how often the likeliest token is the same. What is there is not
-run again.
+split, its bootstrap 95 % interval over questions, and how often the likeliest token is the same (not for llama.cpp's
+files, which another engine runs). What is there is not run again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,16 @@ BASES = {
     "nf4": ["quant=nf4"],
     "gptq": ["quant=gptq"],
 }
+RANK = ["adapter.r=32", "adapter.lora_alpha=32"]  # the experiment's
+STARTS = {
+    "nf4_loftq": ["quant=nf4", "adapter=lora_loftq", *RANK],
+    "none_pissa": ["quant=none", "adapter=lora_pissa", *RANK],
+}
+TRAINED = {**BASES, **STARTS}
+FILES = {f"gguf_{kind}": ["quant=gguf", f"quant.type={kind}"] for kind in ("Q8_0", "Q4_K_M")}
 MERGED = "merged_"
-SERVED = [*BASES, *(f"{MERGED}{name}" for name in ("none", "nf4", "int8"))]
+MADE = {name: BASES[name] for name in ("none", "nf4", "int8", "gptq")} | FILES
+SERVED = [*BASES, *(f"{MERGED}{name}" for name in MADE)]
 TRAIN = "train"
 HEADLINE = ("exact_match", "token_f1")
 WEIGHTS = common.ROOT / "multirun" / "train_serve"  # too large to be kept with the records
@@ -45,7 +54,7 @@ def pair(run: Path, serve: str) -> list[str]:
     """The overrides of ``evaluate.py`` that serve the adapter of a training run so."""
     if serve.startswith(MERGED):
         source = [f"model.source={run}/merged", "model.name=smollm2_merged"]
-        return [*source, *BASES[serve.removeprefix(MERGED)]]
+        return [*source, *MADE[serve.removeprefix(MERGED)]]
     return [f"adapter_path={run}", *BASES[serve]]
 
 
@@ -55,7 +64,7 @@ def measure(args: argparse.Namespace) -> int:
     for name in args.train:
         run, out = WEIGHTS / name, args.out / name
         if common.status(out / TRAIN) != "ok" or not (run / "adapter").is_dir():
-            words = ["train.py", "experiment=handbook", "logger=none", "rerun=true", *BASES[name], *args.overrides]
+            words = ["train.py", "experiment=handbook", "logger=none", "rerun=true", *TRAINED[name], *args.overrides]
             subprocess.run([sys.executable, *words, f"hydra.run.dir={run}"], cwd=common.ROOT, capture_output=True)
             store.save(store.load(run), out / TRAIN)
             print(f"{name}: trained, {common.status(out / TRAIN)}", flush=True)
@@ -69,8 +78,10 @@ def measure(args: argparse.Namespace) -> int:
             words = ["evaluate.py", "task=text", "logger=none", "text.perplexity=false", *pair(run, serve)]
             print(f"{name} ->", common.run_row(serve, [*words, *args.overrides], out, HEADLINE), flush=True)
             failed |= common.status(out / serve) not in common.DONE
-        if not (out / "kl.json").is_file():
-            words = [__file__, "--kl", name, "--out", str(args.out), "--serve", *args.serve, "--", *args.overrides]
+        compared = _compared(out)["served"]
+        left = [one for one in args.serve if one not in compared and one.removeprefix(MERGED) not in FILES]
+        if left:
+            words = [__file__, "--kl", name, "--out", str(args.out), "--serve", *left, "--", *args.overrides]
             failed |= subprocess.run([sys.executable, *words]).returncode != 0
     print(table(args.out))
     return int(failed)
@@ -89,8 +100,10 @@ def divergences(args: argparse.Namespace) -> int:
     from llm_at_home.quantization.base import load_base
 
     name = args.kl
-    run, found = WEIGHTS / name, {}
-    config = resolved([*pair(run, name), *args.overrides])
+    run = WEIGHTS / name
+    compared = _compared(args.out / name)
+    found = compared["served"]
+    config = resolved([*pair(run, name.partition("_")[0]), *args.overrides])
     tokenizer = load_tokenizer(config["model"])
     passages = []
     for one in load_group(config["data"], "test", config["limit"], config["seed"]).conversations:
@@ -111,9 +124,17 @@ def divergences(args: argparse.Namespace) -> int:
         found[serve] = summary([score(served, *both) for both in zip(passages, wanted, strict=True)])
         print(f"{name} -> {serve}: KL {found[serve]['kl']:.4f} nats/token", flush=True)
         del served
-    text = json.dumps({"trained_on": name, "provenance": collect(), "served": found}, indent=1)
+    text = json.dumps(
+        {"trained_on": name, "provenance": [*compared["provenance"], collect()], "served": found}, indent=1
+    )
     (args.out / name / "kl.json").write_text(text + "\n")
     return 0
+
+
+def _compared(folder: Path) -> dict[str, Any]:
+    """What ``kl.json`` in the folder has so far; the provenance of each sitting."""
+    file = folder / "kl.json"
+    return json.loads(file.read_text()) if file.is_file() else {"provenance": [], "served": {}}
 
 
 def resolved(words: list[str]) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def summary(scores: list[Any]) -> dict[str, Any]:
 def table(folder: Path) -> str:
     """Exact match of each pair, and the KL divergence from the pair that was trained, as Markdown."""
     text = []
-    trained = [name for name in BASES if (folder / name).is_dir()]
+    trained = [name for name in TRAINED if (folder / name).is_dir()]
     served = [serve for serve in SERVED if any(common.status(folder / name / serve) for name in trained)]
     for title, cell in (("exact match (%)", _match), ("KL divergence from the trained pair (nats/token)", _kl)):
         lines = [[f"{title}: trained on", *(f"served on {name.replace('_', ', ')}" for name in served)]]
@@ -173,8 +194,7 @@ def _match(folder: Path, serve: str) -> str:
 
 
 def _kl(folder: Path, serve: str) -> str:
-    file = folder / "kl.json"
-    found = json.loads(file.read_text())["served"].get(serve) if file.is_file() else None
+    found = _compared(folder)["served"].get(serve)
     if found is None:
         return common.DASH
     low, high = found["kl_interval95"]
@@ -185,8 +205,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="measure, and keep each pair's record below this folder")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the tables of the records in this folder")
-    parser.add_argument("--kl", choices=BASES, help=argparse.SUPPRESS)
-    parser.add_argument("--train", nargs="+", choices=BASES, default=["none", "nf4"], metavar="BASE")
+    parser.add_argument("--kl", choices=TRAINED, help=argparse.SUPPRESS)
+    parser.add_argument("--train", nargs="+", choices=TRAINED, default=["none", "nf4"], metavar="BASE")
     parser.add_argument("--serve", nargs="+", choices=SERVED, default=SERVED, metavar="WAY")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
     args = parser.parse_args()
