@@ -56,7 +56,8 @@ def test_quant_gguf_brings_llamacpp_unless_an_engine_is_named() -> None:
         ("infer", ["model.weights=random", "questions=synthetic"], "not made of random weights"),
         ("infer", ["quant.path=none.gguf"], "there is no file none.gguf"),
         ("infer", ["quant=nf4", "model.source={file}"], "read it with quant=gguf"),
-        ("evaluate", ["task=text"], "use task=fidelity"),
+        ("evaluate", ["task=text"], "use text.perplexity=false"),
+        ("evaluate", ["task=text", "text.perplexity=false", "quant.path={file}"], "with quant.type="),
         ("evaluate", ["task=fidelity", "model.source={file}"], "needs the unquantized model"),
     ],
 )

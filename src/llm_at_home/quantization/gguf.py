@@ -65,8 +65,15 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal("llama.cpp cannot put this adapter on a file: leave out adapter_path, or use quant=nf4")
     if "engine" in config and config["engine"]["name"] != "llamacpp":
         raise Refusal(f"engine={config['engine']['name']} cannot run quant=gguf: use engine=llamacpp, or leave it out")
-    if config.get("task") == "text":
-        raise Refusal("task=text needs log-probabilities, which llama.cpp's server does not give: use task=fidelity")
+    if config.get("task") == "text" and config["text"]["perplexity"]:
+        raise Refusal(
+            "llama.cpp's server gives no log-probabilities of a text: use text.perplexity=false, or task=fidelity"
+        )
+    if config.get("task") == "text" and quant["path"]:
+        raise Refusal(
+            "task=text makes its prompts with transformers' tokenizer: name the model with model=, and a type that is "
+            "made of it with quant.type= in place of quant.path="
+        )
     if quant["path"]:
         file = GGUFFile(Path(quant["path"]).expanduser())
         if config.get("task") == "fidelity":
