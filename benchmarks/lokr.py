@@ -6,7 +6,8 @@
 Each contender trains the same base in the same process, one after the other, in the opposite order in the next round:
 forward, backward and AdamW on 8 micro-batches of 1 x 400 tokens a step, under autocast to the base's dtype. A figure is
 a ratio to LoRA's in the same run: median seconds a step, and the peak of torch's allocated memory (on a GPU; null
-elsewhere). LyCORIS is the extra ``comparisons``; where it is not installed its row says so.
+elsewhere). LyCORIS is the extra ``comparisons``; where it is not installed its row says so. The file is written after
+each contender: a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def measure(base: Any, adapter: dict[str, Any], batches: Any, device: str, dtype
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All contenders, in rounds of alternating order."""
+    """All contenders, in rounds of alternating order; the result is in the file as well."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -154,6 +155,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     batches = torch.randint(0, base.config.vocab_size, (args.micro_batches, 1, args.tokens), device=device)
     found: dict[str, Any] = {name: {"seconds": [], "peak": None} for name in args.contenders}
+    protocol = {key: getattr(args, key) for key in ("model", "tokens", "micro_batches", "rounds", "steps")}
+    protocol |= {"quant": config["quant"]["name"], "dtype": config["dtype"]}
+    result = {"protocol": protocol, "provenance": collect(), "contenders": found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"lokr_{protocol['quant']}_{protocol['dtype']}.json"
     for turn in range(args.rounds):
         for name in args.contenders if turn % 2 == 0 else reversed(args.contenders):
             try:
@@ -166,13 +172,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             found[name]["seconds"] += one["seconds"]
             found[name] |= {key: one[key] for key in ("peak", "parameters")}
+            file.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: {statistics.median(one['seconds']):.3f} s/step, peak {one['peak']} GB", flush=True)
-    protocol = {key: getattr(args, key) for key in ("model", "tokens", "micro_batches", "rounds", "steps")}
-    return {
-        "protocol": {**protocol, "quant": config["quant"]["name"], "dtype": config["dtype"]},
-        "provenance": collect(),
-        "contenders": found,
-    }
+    file.write_text(json.dumps(result, indent=1) + "\n")  # with the reasons of those that could not run
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -209,12 +212,7 @@ def main() -> int:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return 0
-    result = run(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    protocol = result["protocol"]
-    file = args.out / f"lokr_{protocol['quant']}_{protocol['dtype']}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(table(run(args)))
     return 0
 
 
