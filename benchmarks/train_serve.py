@@ -41,7 +41,7 @@ STARTS = {
     "none_pissa": ["quant=none", "adapter=lora_pissa", *RANK],
 }
 TRAINED = {**BASES, **STARTS}
-FILES = {f"gguf_{kind}": ["quant=gguf", f"quant.type={kind}"] for kind in ("Q8_0", "Q4_K_M")}
+FILES = {f"gguf_{kind}": ["quant=gguf", f"quant.type={kind}"] for kind in ("Q8_0", "Q4_1")}
 MERGED = "merged_"
 MADE = {name: BASES[name] for name in ("none", "nf4", "int8", "gptq")} | FILES
 SERVED = [*BASES, *(f"{MERGED}{name}" for name in MADE)]
@@ -176,10 +176,16 @@ def table(folder: Path) -> str:
     trained = [name for name in TRAINED if (folder / name).is_dir()]
     served = [serve for serve in SERVED if any(common.status(folder / name / serve) for name in trained)]
     for title, cell in (("exact match (%)", _match), ("KL divergence from the trained pair (nats/token)", _kl)):
-        lines = [[f"{title}: trained on", *(f"served on {name.replace('_', ', ')}" for name in served)]]
-        lines += [[name, *(cell(folder / name, serve) for serve in served)] for name in trained]
+        lines = [[f"{title}: trained on", *(f"served on {_title(name)}" for name in served)]]
+        lines += [[_title(name), *(cell(folder / name, serve) for serve in served)] for name in trained]
         text.append(common.markdown(lines))
     return "\n\n".join(text)
+
+
+def _title(name: str) -> str:
+    """A pair's side as it is read: ``merged_gguf_Q8_0`` is "merged, gguf Q8_0"."""
+    first, _, rest = name.partition("_")
+    return f"{first} {rest}" if first == "gguf" else f"{first}, {_title(rest)}" if rest else first
 
 
 def _match(folder: Path, serve: str) -> str:

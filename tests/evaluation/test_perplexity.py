@@ -104,3 +104,27 @@ def test_a_broken_model_is_unknown_with_the_reason(tiny_model, tokenizer) -> Non
     reading = conversation_perplexity(broken, tokenizer, [SHORT])
     assert reading.value is None
     assert "not finite" in reading.reason
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_behind_a_trained_prompt_the_same_tokens_are_scored(model, tokenizer, kind) -> None:
+    """PEFT puts trained prompts before the tokens; where they are embeddings, they have logits too."""
+    import copy
+
+    import peft
+
+    from llm_at_home.models.chat import encode
+
+    torch.manual_seed(0)
+    prompted = peft.get_peft_model(
+        copy.deepcopy(model), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    )
+    prompted.eval()
+    messages = [turn("user", "How high is it?"), turn("assistant", "As high as a house.")]
+    encoded = encode(tokenizer, messages, 2048)
+    with torch.no_grad():
+        loss = prompted(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels])).loss
+    alone = conversation_perplexity(model, tokenizer, [messages]).value
+    reading = conversation_perplexity(prompted, tokenizer, [messages])
+    assert reading.value == pytest.approx(math.exp(loss), rel=1e-4)
+    assert reading.value != pytest.approx(alone, rel=1e-3)

@@ -27,7 +27,9 @@ def conversation_perplexity(
         ids = torch.tensor([encoded.input_ids], device=model.device)
         labels = torch.tensor([encoded.labels], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+            logits = model(input_ids=ids).logits
+        # A trained prompt (prompt tuning, P-tuning) has logits of its own, before those of the tokens.
+        logits = logits[:, -ids.shape[1] : -1].flatten(0, 1).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
         if encoded.trained_tokens:
             losses.append(float(loss))
