@@ -122,6 +122,7 @@ def check(task: str, config: Mapping[str, Any]) -> None:
 def _check_train(config: Mapping[str, Any]) -> None:
     _check_synthetic(config, "data")
     compatibility.check(config)
+    _check_memory(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
     if config["trainer"]["max_steps"] < 1:
@@ -133,6 +134,27 @@ def _check_train(config: Mapping[str, Any]) -> None:
         raise Refusal(f"resume={resume} holds no checkpoint: give the folder of an interrupted training run")
     if resume:
         _check_same(config, store.load(resume).config, resume)
+
+
+def _check_memory(config: Mapping[str, Any]) -> None:
+    every, tokens, adapter = config["memory"]["checkpointing"], config["memory"]["loss_tokens"], config["adapter"]
+    if every not in ("none", "full") and (type(every) is not int or every < 1):
+        raise Refusal(f"memory.checkpointing={every} is unknown: choose none, full, or a number of layers such as 2")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise Refusal(f"memory.loss_tokens={tokens} is too small: give at least 1, or null for all at once")
+    if every != "none" and str(adapter.get("_target_")).endswith("PrefixTuningConfig"):
+        raise Refusal(
+            f"adapter={adapter['name']} hands its keys and values to the layers in a cache, which transformers drops "
+            "where layers are recomputed: use memory.checkpointing=none, or adapter=prompt"
+        )
+    if config["memory"]["offload"] and every == "none":
+        raise Refusal("memory.offload=true is of recomputed layers: add memory.checkpointing=full")
+    if config["memory"]["offload"] and config["gpu"]["device"] == "cpu":
+        raise Refusal("memory.offload=true needs a GPU to move from: use memory.offload=false")
+    if "Paged" in str(config["optimizer"]["_target_"]) and config["gpu"]["device"] == "cpu":
+        raise Refusal(
+            "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
+        )
 
 
 def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:

@@ -41,6 +41,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.adapters.start import check_start, probe_logits
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.training.activations import checkpoint_layers
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
     from llm_at_home.training.module import CausalLMModule
@@ -64,7 +65,10 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         record.readings["start_difference"] = difference
     record.readings["trainable_parameters"] = Reading(float(trainable_parameters(model)), "1", "counted")
 
-    module = CausalLMModule(model, instantiate(config["optimizer"]), instantiate(config["scheduler"]))
+    memory = config["memory"]
+    record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
+    optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
+    module = CausalLMModule(model, optimizer, scheduler, memory["loss_tokens"])
     trainer = instantiate(
         config["trainer"],
         accelerator={"cpu": "cpu", "cuda": "gpu"}[config["gpu"]["device"]],

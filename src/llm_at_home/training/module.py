@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from llm_at_home.models.chat import IGNORED
+from llm_at_home.training.activations import ChunkedLoss
 
 # Sums of token losses are divided by this before the backward pass, so that fp16 gradients keep their usual size; it
 # cancels out before the optimizer sees them.
@@ -25,6 +26,7 @@ class CausalLMModule(LightningModule):
         model: a causal language model of transformers, with or without a PEFT adapter.
         optimizer: makes the optimizer from the trainable parameters.
         scheduler: makes the learning-rate schedule from the optimizer; it counts optimizer steps.
+        loss_tokens: logits are held for so many tokens at once; None for all.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class CausalLMModule(LightningModule):
         model: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
+        loss_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self._chunked_loss = ChunkedLoss(model, loss_tokens) if loss_tokens else None
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
         # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
@@ -73,14 +77,17 @@ class CausalLMModule(LightningModule):
             The sum of the token losses over ``REFERENCE_TOKENS``, a scalar.
         """
         with torch.set_grad_enabled(bool(self._trainable)):
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            # Prompt methods put tokens of their own before the conversation's.
-            loss = token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
+            loss = self._chunked_loss(batch) if self._chunked_loss else self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
         self._input_tokens += int(batch["attention_mask"].sum())
         scaled = loss / REFERENCE_TOKENS
         return scaled if self._trainable else scaled.detach().requires_grad_()
+
+    def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        # Prompt methods put tokens of their own before the conversation's.
+        return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled).

@@ -1,0 +1,130 @@
+"""Recomputed layers and logits in parts change what is kept, and neither the loss nor a gradient."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForCausalLM
+
+from llm_at_home.errors import Refusal
+from llm_at_home.models.chat import IGNORED
+from llm_at_home.tasks import resolve
+from llm_at_home.training.activations import ChunkedLoss, checkpoint_layers
+from llm_at_home.training.module import CausalLMModule
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+LORA = functools.partial(peft.LoraConfig, task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+PROMPT = functools.partial(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+def load(tiny_model, adapter=None):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    if adapter is None:
+        return model
+    model = peft.get_peft_model(model, adapter())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)  # as after some steps: at zero the gradients of A are zero
+    return model.train()
+
+
+def batch():
+    ids = torch.randint(10, 40000, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 20:], labels[1, 20:], labels[0, :11] = 0, IGNORED, IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model, tokens=None):
+    module = CausalLMModule(model, functools.partial(torch.optim.SGD, lr=0.1), loss_tokens=tokens)
+    loss = module.training_step(batch(), 0)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("adapter", [None, LORA, PROMPT], ids=["full", "lora", "prompt"])
+@pytest.mark.parametrize(("every", "tokens"), [("full", None), (2, None), ("none", 7), ("full", 1000), (2, 1)])
+def test_loss_and_gradients_stay(tiny_model, adapter, every, tokens):
+    wanted_loss, wanted = gradients(load(tiny_model, adapter))
+    model = load(tiny_model, adapter)
+    checkpoint_layers(model, every)
+    loss, found = gradients(model, tokens)
+    torch.testing.assert_close(loss, wanted_loss)
+    assert set(found) == set(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("every", "runs"), [("none", [1, 1]), ("full", [2, 2]), (2, [2, 1])])
+def test_the_layers_named_run_twice(tiny_model, every, runs):
+    model = load(tiny_model, LORA)
+    assert checkpoint_layers(model, every) == sum(count - 1 for count in runs)
+    counted = [0, 0]
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: counted.__setitem__(index, counted[index] + 1))
+    gradients(model)
+    assert counted == runs
+
+
+def test_no_more_logits_than_asked_for_are_made(tiny_model):
+    model, rows = load(tiny_model, LORA), []
+    model.get_base_model().lm_head.register_forward_hook(lambda *args: rows.append(args[2].shape[0]))
+    gradients(model, tokens=8)
+    looked_at = int((batch()["labels"][:, 1:] != IGNORED).sum())
+    assert max(rows) == 8
+    assert sum(rows) == 2 * looked_at  # forth and back, and none of a token that the loss does not look at
+    assert isinstance(model.get_base_model().lm_head, torch.nn.Linear)
+
+
+def test_a_batch_that_the_loss_looks_at_nowhere_has_a_loss_of_zero(tiny_model):
+    model = load(tiny_model, LORA)
+    nothing = {**batch(), "labels": torch.full((2, 30), IGNORED)}
+    loss = ChunkedLoss(model, 8)(nothing)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_an_architecture_that_changes_its_logits_is_refused(tiny_model):
+    model = load(tiny_model)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(Refusal, match=r"final_logit_softcapping.*use memory.loss_tokens=null"):
+        ChunkedLoss(model, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["memory.checkpointing=all"], "choose none, full, or a number"),
+        (["memory.checkpointing=0"], "choose none, full, or a number"),
+        (["memory.loss_tokens=0"], "give at least 1"),
+        (["adapter=prefix", "memory=smallest"], "use memory.checkpointing=none"),
+        (["memory.offload=true"], "add memory.checkpointing=full"),
+        (["memory.offload=true", "memory.checkpointing=2"], "use memory.offload=false"),
+        (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
+    ],
+)
+def test_what_cannot_work_is_refused(words, why):
+    words = ["logger=none", "gpu=cpu", *words]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve.resolve("train", compose("train", words), words)
+    with pytest.raises(Refusal, match=why) as refused:
+        resolve.check("train", config)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_in_the_smallest_memory_says_so(command, tmp_path):
+    import json
+
+    words = ("memory=smallest", "optimizer=adamw_8bit", "scheduler=cosine_restarts", "scheduler.T_0=2", "limit=4")
+    done = command("train.py", *words, "trainer.max_steps=3", "callbacks.accumulation.steps=1", "adapter.r=4")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(next(tmp_path.rglob("record.json")).read_text())
+    assert record["counts"]["recomputed_layers"] == 2
+    assert record["counts"]["optimizer_steps"] == 3
