@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,31 @@ def test_awq_is_made_and_read(wide_model, own_cache, dense):
     model = base.load_base(resolved("infer", wide_model, "quant=awq", *FEW))
     assert base.describe_kernel(model)["layers"] == {"TorchAtenAwqLinear": 14}
     assert relative_error(logits(model), dense) < 0.2
+
+
+@pytest.mark.slow
+def test_awq_made_on_a_cpu_loses_less_than_plain_rounding(own_cache, tmp_path):
+    """It did not while layers of one input shared a tensor that was scaled once for each of them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm_at_home.models.embedded import ensure_converted
+
+    whole = ensure_converted()
+    AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=2).save_pretrained(tmp_path / "two_layers")
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    tokenizer.save_pretrained(tmp_path / "two_layers")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "fidelity.md").read_text()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:1000]])
+
+    def states(*words):
+        with torch.no_grad():
+            return (
+                base.load_base(resolved("infer", tmp_path / "two_layers", *words)).model(ids).last_hidden_state.float()
+            )
+
+    plain = states()
+    rounded = relative_error(states("quant=rtn", "quant.bits=4", "quant.group_size=64"), plain)
+    assert relative_error(states("quant=awq", "quant.kernel=awq_torch"), plain) < 0.95 * rounded
 
 
 # Two independent writers of the published formats, from plain rounding, so that what loads can be computed by hand.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def checkpoint_key(config: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": calibration.calibration_hash(texts),
         "device": config["gpu"]["device"],
         "packages": package_versions(VERSIONS),
+        **({"inputs": "of its own for each layer"} if quant["algorithm"] == "awq" else {}),
         **({"mixture": mixed_bits.VERSION} if quant.get("target_bits") is not None else {}),
     }
 
@@ -67,7 +69,7 @@ def _make(config: Mapping[str, Any], folder: Path) -> None:
     rows = [tokenizer(text)["input_ids"][: quant["calibration"]["max_length"]] for text in texts]
     # Float32 costs a GPU more memory than it has to spare, and AWQ's codes are written from 16-bit weights only.
     dtype = "float32" if device == "cpu" and quant["algorithm"] != "awq" else "bfloat16"
-    with library_output():
+    with library_output(), _inputs_of_their_own():
         from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.looper import loop_processor
 
@@ -86,6 +88,30 @@ def _make(config: Mapping[str, Any], folder: Path) -> None:
     if device == "cuda":
         cost["torch_allocated_peak"] = torch.cuda.max_memory_allocated() / 1e9
     (folder / MADE).write_text(json.dumps(cost))
+
+
+@contextlib.contextmanager
+def _inputs_of_their_own() -> Iterator[None]:
+    """Give each layer its own copy of its recorded inputs before AWQ scales them in place.
+
+    Layers with the same input (query, key and value; gate and up) share one tensor on a CPU, where GPTQModel's copy to
+    the host copies nothing: scaled once for each of them, it misleads the search for the clipping bounds, and the
+    result loses as much as plain rounding. On a GPU the copies are real.
+    """
+    from gptqmodel.looper import awq_processor
+
+    scale = awq_processor.apply_scale
+
+    def apply_scale(module: Any, scales: Any, input_feat_dict: dict[str, Any] | None = None) -> Any:
+        for name, recorded in (input_feat_dict or {}).items():
+            input_feat_dict[name] = recorded.clone()  # type: ignore[index]
+        return scale(module, scales, input_feat_dict=input_feat_dict)
+
+    awq_processor.apply_scale = apply_scale
+    try:
+        yield
+    finally:
+        awq_processor.apply_scale = scale
 
 
 def _settings(config: Mapping[str, Any], rows: list[list[int]], dtype: str) -> Any:
