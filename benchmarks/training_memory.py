@@ -1,0 +1,88 @@
+"""What each choice saves and costs in training: memory, time and the loss, one choice at a time and together.
+
+    python benchmarks/training_memory.py --out results/two_core_cpu/training_memory -- gpu=cpu
+    python benchmarks/training_memory.py --table results/two_core_cpu/training_memory
+
+A row is one run of ``train.py data=synthetic``, in a process of its own: five optimizer steps over 4 conversations of
+256 random tokens, the first of them not timed. The same seed and data throughout: a choice that changes no figure ends
+at the reference's loss, which says nothing else. What is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import rows as common
+
+from llm_at_home.records import store
+from llm_at_home.records.schema import Record
+
+REFERENCE = "one_batch"
+SPLIT = ["data.batch_size=1", "callbacks.accumulation.steps=4"]
+ROWS = {
+    REFERENCE: [],
+    "micro_batches_of_1": SPLIT,
+    "checkpointing_2": ["memory.checkpointing=2"],
+    "checkpointing_full": ["memory.checkpointing=full"],
+    "loss_tokens_256": ["memory.loss_tokens=256"],
+    "smallest": ["memory=smallest"],
+    "smallest_micro_batches_of_1": ["memory=smallest", *SPLIT],
+    "adamw_8bit": ["optimizer=adamw_8bit"],
+    "sgd": ["optimizer=sgd"],
+    "full": ["adapter=full"],
+    "full_adamw_8bit": ["adapter=full", "optimizer=adamw_8bit"],
+    "full_sgd": ["adapter=full", "optimizer=sgd"],
+    "full_sgd_smallest": ["adapter=full", "optimizer=sgd", "memory=smallest"],
+}
+PROTOCOL = ["train.py", "data=synthetic", "data.max_length=256", "data.batch_size=4", "callbacks.accumulation.steps=1"]
+PROTOCOL += ["trainer.max_steps=5", "limit=20", "callbacks.power.idle_seconds=0", "logger=none"]
+MEMORY = ("resident_set_peak", "torch_allocated_peak", "torch_reserved_peak")
+HEADLINE = ("steps_per_second", *MEMORY, "loss_last")
+
+
+def table(folder: Path) -> str:
+    """The records below a folder as a Markdown table, time and memory as ratios to the reference's."""
+    there = {name: store.load(folder / name) for name in ROWS if common.status(folder / name) is not None}
+    reference = there.get(REFERENCE)
+    lines = [["choice", "resident set, peak (GB)", "torch allocated, peak (GB)", "peak / one batch's"]]
+    lines[0] += ["seconds a step / one batch's", "loss, last step"]
+    for name, record in there.items():
+        pace = _ratio(reference, record, "steps_per_second")  # steps a second: the reference's over this one's
+        peak = next((key for key in reversed(MEMORY[:2]) if common.has(record, key)), MEMORY[0])
+        lines.append(
+            [
+                name.replace("_", " ") if record.status == "ok" else f"{name} ({record.status})",
+                *(common.text(record.readings.get(key), 2) for key in MEMORY[:2]),
+                _ratio(record, reference, peak),
+                pace,
+                common.text(record.quality.get("loss_last"), 3),
+            ]
+        )
+    return common.markdown(lines)
+
+
+def _ratio(above: Record | None, below: Record | None, key: str) -> str:
+    values = [r.readings[key].value if r is not None and key in r.readings else None for r in (above, below)]
+    return common.DASH if None in values or not values[1] else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return 0
+    commands = [(name, [*PROTOCOL, *ROWS[name], *args.overrides]) for name in args.rows]
+    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
