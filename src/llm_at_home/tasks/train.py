@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,9 +147,14 @@ def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
 def _losses(record: Record, history: Sequence[Mapping[str, float]]) -> None:
     record.counts["optimizer_steps"] = len(history)
     if history:
-        method = "mean_over_tokens_of_the_step"
-        record.quality["loss_first"] = Reading(history[0]["loss"], "nats/token", method, n=1)
-        record.quality["loss_last"] = Reading(history[-1]["loss"], "nats/token", method, n=1)
+        record.quality["loss_first"] = _loss(history[0]["loss"])
+        record.quality["loss_last"] = _loss(history[-1]["loss"])
+
+
+def _loss(value: float) -> Reading:
+    if not math.isfinite(value):
+        return Reading.unknown("nats/token", f"the loss is {value}")
+    return Reading(value, "nats/token", "mean_over_tokens_of_the_step", n=1)
 
 
 def _read(record: Record, callbacks: Sequence[Any]) -> None:
