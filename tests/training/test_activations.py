@@ -107,6 +107,7 @@ def test_an_architecture_that_changes_its_logits_is_refused(tiny_model):
         (["adapter=prefix", "memory=smallest"], "use memory.checkpointing=none"),
         (["memory.offload=true"], "add memory.checkpointing=full"),
         (["memory.offload=true", "memory.checkpointing=2"], "use memory.offload=false"),
+        (["adapter=prompt", "data.packing=true"], "use data.packing=false"),
         (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
     ],
 )

@@ -14,7 +14,7 @@ from llm_at_home.training.callbacks.accumulation import GradientAccumulation
 from llm_at_home.training.callbacks.clipping import GradientClipping
 from llm_at_home.training.callbacks.step_log import StepLog
 from llm_at_home.training.callbacks.throughput import Throughput
-from llm_at_home.training.data import ChatDataModule
+from llm_at_home.training.data import ChatDataModule, pack
 from llm_at_home.training.module import CausalLMModule
 
 
@@ -28,11 +28,22 @@ def conversations(lengths, trained_share=0.5):
     return rows
 
 
-def fit(tiny_model, tmp_path, batch_size, accumulate, steps=2, optimizer=None, callbacks=(), lengths=(5, 40, 12, 33)):
+def fit(
+    tiny_model,
+    tmp_path,
+    batch_size,
+    accumulate,
+    steps=2,
+    optimizer=None,
+    callbacks=(),
+    lengths=(5, 40, 12, 33),
+    packing=False,
+    loss_tokens=None,
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
-    module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5))
+    module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5), loss_tokens=loss_tokens)
     # In one pass the order of the four does not matter to their sum.
-    data = ChatDataModule(conversations(lengths), batch_size, pad_id=0, seed=0)
+    data = ChatDataModule(conversations(lengths), batch_size, pad_id=0, seed=0, packing=packing)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -55,6 +66,24 @@ def test_micro_batches_do_not_change_the_update(tiny_model, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     assert [s["loss"] for s in whole.history] == pytest.approx([s["loss"] for s in split.history], rel=1e-5)
     assert [s["tokens"] for s in whole.history] == [s["tokens"] for s in split.history]
+
+
+@pytest.mark.parametrize("loss_tokens", [None, 8])
+def test_packed_conversations_do_not_see_each_other(tiny_model, tmp_path, loss_tokens):
+    """The update is that of the padded batch, with no token of padding."""
+    padded = fit(tiny_model, tmp_path, batch_size=4, accumulate=1)
+    packed = fit(tiny_model, tmp_path, batch_size=4, accumulate=1, packing=True, loss_tokens=loss_tokens)
+    for (name, a), (_, b) in zip(padded.model.named_parameters(), packed.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+    for key in ("loss", "tokens", "input_tokens"):
+        assert [s[key] for s in packed.history] == pytest.approx([s[key] for s in padded.history], rel=1e-5)
+
+
+def test_a_packed_batch_is_one_row_of_all_tokens():
+    batch = pack(conversations((3, 2), trained_share=1.0))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["input_ids"].shape == (1, 5)
+    assert (batch["labels"] == IGNORED).tolist() == [[True, False, False, True, False]]
 
 
 def test_a_last_window_that_is_not_full_is_averaged_over_its_own_tokens(tiny_model, tmp_path):

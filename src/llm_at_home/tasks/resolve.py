@@ -31,6 +31,7 @@ UNUSED = {
 }
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 SYNTHETIC = "synthetic"
+TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig")
 
 
 def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,6 +143,11 @@ def _check_memory(config: Mapping[str, Any]) -> None:
         raise Refusal(f"memory.checkpointing={every} is unknown: choose none, full, or a number of layers such as 2")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise Refusal(f"memory.loss_tokens={tokens} is too small: give at least 1, or null for all at once")
+    if config["data"]["packing"] and str(adapter.get("_target_")).endswith(TRAINED_PROMPTS):
+        raise Refusal(
+            f"adapter={adapter['name']} puts what it trains before the first of the packed conversations alone: use "
+            "data.packing=false, or adapter=lora"
+        )
     if every != "none" and str(adapter.get("_target_")).endswith("PrefixTuningConfig"):
         raise Refusal(
             f"adapter={adapter['name']} hands its keys and values to the layers in a cache, which transformers drops "

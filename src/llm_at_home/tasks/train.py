@@ -118,7 +118,8 @@ def _data(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
     conversations, pad_id, bad_lines = _encoded(config)
     try:
         options = config["data"]
-        data = ChatDataModule(conversations, options["batch_size"], pad_id, config["seed"], options["group_by_length"])
+        order = {key: options[key] for key in ("group_by_length", "packing")}
+        data = ChatDataModule(conversations, options["batch_size"], pad_id, config["seed"], **order)
     except ValueError as error:
         raise Refusal(f"data={config['data']['name']}: {error}") from error
     return data, {**data.counts, "bad_lines": bad_lines}

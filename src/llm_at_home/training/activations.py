@@ -46,6 +46,16 @@ def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> in
     return sum(layer.gradient_checkpointing for layer in layers)
 
 
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What of a training batch the model takes.
+
+    transformers tells packed conversations apart by their positions where neither a mask nor a cache is given.
+    """
+    if "position_ids" in batch:
+        return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
 class ChunkedLoss:
     """The summed cross entropy with the logits of at most so many tokens at once, forth and back.
 
@@ -72,11 +82,11 @@ class ChunkedLoss:
         """The sum of next-token cross entropies in nats, in float32.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (conversations, tokens).
+            batch: as :meth:`llm_at_home.training.module.CausalLMModule.training_step` takes it.
         """
         labels = batch["labels"][:, 1:]
         with self._without_head() as head:
-            hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            hidden = self.model(**model_inputs(batch)).logits
         # Prompt methods put tokens of their own before the conversation's.
         hidden = hidden[:, -batch["labels"].shape[1] : -1]
         looked_at = labels != IGNORED

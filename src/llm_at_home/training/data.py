@@ -25,16 +25,24 @@ class ResumableLoader:
         seed: of the order.
         group_by_length: put conversations of similar length into a batch, so that fewer tokens are padding. Only
             neighbours in the random order are regrouped, and the batches are shuffled again.
+        packing: the conversations of a batch stand one after the other in one row, without padding.
     """
 
     def __init__(
-        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, group_by_length: bool = False
+        self,
+        conversations: Sequence[Encoded],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        group_by_length: bool = False,
+        packing: bool = False,
     ) -> None:
         self.conversations = conversations
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.seed = seed
         self.group_by_length = group_by_length
+        self.packing = packing
         self.epoch = 0
         self.position = 0
 
@@ -46,7 +54,8 @@ class ResumableLoader:
         while self.position < len(self):
             chosen = batches[self.position]
             self.position += 1
-            yield collate([self.conversations[i] for i in chosen], self.pad_id)
+            batch = [self.conversations[i] for i in chosen]
+            yield pack(batch) if self.packing else collate(batch, self.pad_id)
         self.epoch += 1
         self.position = 0
 
@@ -86,6 +95,20 @@ def collate(conversations: Sequence[Encoded], pad_id: int) -> dict[str, torch.Te
     }
 
 
+def pack(conversations: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """One row without padding: ``input_ids``, ``position_ids``, ``labels``, each of shape (1, tokens of all).
+
+    Positions begin anew with each conversation, from which transformers makes a mask that lets none look at another;
+    and none has to predict the first token of the next.
+    """
+    rows = {
+        "input_ids": [token for c in conversations for token in c.input_ids],
+        "position_ids": [position for c in conversations for position in range(len(c.input_ids))],
+        "labels": [label for c in conversations for label in (IGNORED, *c.labels[1:])],
+    }
+    return {key: torch.tensor([row]) for key, row in rows.items()}
+
+
 def random_conversations(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:
     """Random token ids of one length, the loss over all: for resource figures of a model without a tokenizer."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,13 +125,20 @@ class ChatDataModule(LightningDataModule):
         pad_id: the tokenizer's padding token.
         seed: of the order.
         group_by_length: put conversations of similar length into a batch.
+        packing: put the conversations of a batch into one row, without padding.
 
     Raises:
         ValueError: when nothing is left to train on.
     """
 
     def __init__(
-        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, group_by_length: bool = False
+        self,
+        conversations: Sequence[Encoded],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        group_by_length: bool = False,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         kept = [c for c in conversations if c.trained_tokens > 0]
@@ -120,7 +150,7 @@ class ChatDataModule(LightningDataModule):
             "conversations_dropped": len(conversations) - len(kept),
         }
         self.conversations = kept
-        self._loader = ResumableLoader(kept, batch_size, pad_id, seed, group_by_length)
+        self._loader = ResumableLoader(kept, batch_size, pad_id, seed, group_by_length, packing)
 
     def train_dataloader(self) -> Any:
         """The one loader of this run."""

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from llm_at_home.models.chat import IGNORED
-from llm_at_home.training.activations import ChunkedLoss
+from llm_at_home.training.activations import ChunkedLoss, model_inputs
 
 # Sums of token losses are divided by this before the backward pass, so that fp16 gradients keep their usual size; it
 # cancels out before the optimizer sees them.
@@ -70,7 +70,8 @@ class CausalLMModule(LightningModule):
         """One micro-batch.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (conversations, tokens).
+            batch: ``input_ids``, ``labels``, and ``attention_mask`` or (of packed conversations) ``position_ids``, each
+                of shape (conversations, tokens).
             batch_idx: its number in the epoch.
 
         Returns:
@@ -80,12 +81,14 @@ class CausalLMModule(LightningModule):
             loss = self._chunked_loss(batch) if self._chunked_loss else self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-        self._input_tokens += int(batch["attention_mask"].sum())
+        self._input_tokens += int(
+            batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
+        )
         scaled = loss / REFERENCE_TOKENS
         return scaled if self._trainable else scaled.detach().requires_grad_()
 
     def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = self.model(**model_inputs(batch)).logits
         # Prompt methods put tokens of their own before the conversation's.
         return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
 
