@@ -129,3 +129,15 @@ def test_a_run_in_the_smallest_memory_says_so(command, tmp_path):
     record = json.loads(next(tmp_path.rglob("record.json")).read_text())
     assert record["counts"]["recomputed_layers"] == 2
     assert record["counts"]["optimizer_steps"] == 3
+
+
+def test_a_packed_run_makes_the_steps_of_the_padded_one(command, tmp_path):
+    steps = {}
+    for packing in ("false", "true"):
+        words = ("adapter.r=4", "data.batch_size=3", "callbacks.accumulation.steps=1", "trainer.max_steps=2", "limit=9")
+        done = command("train.py", *words, f"data.packing={packing}", f"hydra.run.dir={tmp_path}/{packing}")
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / packing / "metrics.csv").read_text().splitlines()[1:]
+        steps[packing] = [[float(figure) for figure in line.split(",")] for line in lines]
+    for padded, packed in zip(steps["false"], steps["true"], strict=True):
+        assert packed == pytest.approx(padded, rel=1e-3)

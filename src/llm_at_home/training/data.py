@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,11 @@ def pack(conversations: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         "labels": [label for c in conversations for label in (IGNORED, *c.labels[1:])],
     }
     return {key: torch.tensor([row]) for key, row in rows.items()}
+
+
+def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens of conversations a batch has, padding not counted."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def random_conversations(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:

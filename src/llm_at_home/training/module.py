@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from llm_at_home.models.chat import IGNORED
 from llm_at_home.training.activations import ChunkedLoss, model_inputs
+from llm_at_home.training.data import tokens_in
 
 # Sums of token losses are divided by this before the backward pass, so that fp16 gradients keep their usual size; it
 # cancels out before the optimizer sees them.
@@ -81,9 +82,7 @@ class CausalLMModule(LightningModule):
             loss = self._chunked_loss(batch) if self._chunked_loss else self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-        self._input_tokens += int(
-            batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
-        )
+        self._input_tokens += tokens_in(batch)
         scaled = loss / REFERENCE_TOKENS
         return scaled if self._trainable else scaled.detach().requires_grad_()
 

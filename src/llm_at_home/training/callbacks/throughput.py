@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from llm_at_home.metering.timing import mean_interval95, now
 from llm_at_home.records.schema import Reading
+from llm_at_home.training.data import tokens_in
 
 
 class Throughput(Callback):
@@ -40,7 +41,7 @@ class Throughput(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The last micro-batch of a step closes it."""
-        self._window_tokens += float(batch["attention_mask"].sum())
+        self._window_tokens += tokens_in(batch)
         if trainer.global_step > self._step and self._edge is not None:
             self._step = trainer.global_step
             self.seconds.append(now(pl_module.device.type) - self._edge)
