@@ -141,3 +141,28 @@ def test_a_packed_run_makes_the_steps_of_the_padded_one(command, tmp_path):
         steps[packing] = [[float(figure) for figure in line.split(",")] for line in lines]
     for padded, packed in zip(steps["false"], steps["true"], strict=True):
         assert packed == pytest.approx(padded, rel=1e-3)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "gptq"])
+def test_recomputing_a_quantized_base_leaves_its_gradients(tiny_model, quant):
+    """On a CPU a 4-bit layer repacks its weights in a forward pass without gradients, which recomputing must not be."""
+    from llm_at_home.adapters.attach import prepare_for_training
+    from llm_at_home.quantization.base import load_base
+
+    small = ["quant.group_size=32", "quant.calibration.limit=4", "quant.calibration.max_length=64"]
+    words = ["model=custom", f"model.source={tiny_model}", f"quant={quant}", "gpu=cpu", "logger=none", "adapter.r=4"]
+    words += small if quant == "gptq" else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve.resolve("train", compose("train", words), words)
+    adapter = {**config["adapter"], "init_lora_weights": False, "lora_dropout": 0.0}
+    found = {}
+    for every in ("none", "full"):
+        base = load_base(config)
+        torch.manual_seed(0)  # here, since the first loading makes a checkpoint and draws random numbers
+        model = prepare_for_training(base, adapter)
+        checkpoint_layers(model, every)
+        found[every] = gradients(model)
+    torch.testing.assert_close(found["full"][0], found["none"][0])
+    for name, gradient in found["none"][1].items():
+        torch.testing.assert_close(found["full"][1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert gradient.abs().sum() > 0, name

@@ -33,7 +33,7 @@ def look(history, tmp_path, precision="32-true", **options):
     ],
 )
 def test_a_lost_step_ends_the_run(tmp_path, step, why):
-    with pytest.raises(Diverged, match=f"step 21: {why}; no checkpoint was saved"):
+    with pytest.raises(Diverged, match=f"step 21: {why}; this run saved no checkpoint"):
         look([*USUAL, {"step": 21.0, "loss": 1.0, "gradient_norm": 0.5, **step}], tmp_path)
 
 

@@ -66,7 +66,7 @@ class ChunkedLoss:
         tokens: whose logits are held together.
 
     Raises:
-        Refusal: for an architecture that changes its logits after the output layer, or a trained output layer.
+        Refusal: for an architecture that changes its logits after the output layer, or names that layer otherwise.
     """
 
     def __init__(self, model: Any, tokens: int) -> None:

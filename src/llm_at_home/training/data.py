@@ -129,21 +129,14 @@ class ChatDataModule(LightningDataModule):
         batch_size: conversations in a micro-batch.
         pad_id: the tokenizer's padding token.
         seed: of the order.
-        group_by_length: put conversations of similar length into a batch.
-        packing: put the conversations of a batch into one row, without padding.
+        order: ``group_by_length`` and ``packing``, as :class:`ResumableLoader` takes them.
 
     Raises:
         ValueError: when nothing is left to train on.
     """
 
     def __init__(
-        self,
-        conversations: Sequence[Encoded],
-        batch_size: int,
-        pad_id: int,
-        seed: int,
-        group_by_length: bool = False,
-        packing: bool = False,
+        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, **order: bool
     ) -> None:
         super().__init__()
         kept = [c for c in conversations if c.trained_tokens > 0]
@@ -155,7 +148,7 @@ class ChatDataModule(LightningDataModule):
             "conversations_dropped": len(conversations) - len(kept),
         }
         self.conversations = kept
-        self._loader = ResumableLoader(kept, batch_size, pad_id, seed, group_by_length, packing)
+        self._loader = ResumableLoader(kept, batch_size, pad_id, seed, **order)
 
     def train_dataloader(self) -> Any:
         """The one loader of this run."""

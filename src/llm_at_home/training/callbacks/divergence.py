@@ -50,7 +50,9 @@ class Divergence(Callback):
             return
         step = int(pl_module.history[-1]["step"])
         checkpoint = last_checkpoint(Path(trainer.default_root_dir))
-        left = f"the last good checkpoint is {checkpoint.parent}" if checkpoint else "no checkpoint was saved before"
+        left = (
+            f"the last good checkpoint is {checkpoint.parent}" if checkpoint else "this run saved no checkpoint before"
+        )
         raise Diverged(f"step {step}: {why}; {left}. Lower optimizer.lr, or look at the data of that step")
 
     def _complaint(self, history: list[dict[str, float]], gradients: bool) -> str | None:
