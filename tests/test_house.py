@@ -28,6 +28,7 @@ FLOORS = {
     "training": 7,
     "generation": 7,
     "evaluation": 8,
+    "human": 8,
     "reporting": 9,
     "tasks": 10,
 }
