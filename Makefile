@@ -2,8 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO ?= multirun/demo
+STUDY ?= multirun/study
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize merge test test-slow lint format report readme ui clean
+.PHONY: help setup demo quantize merge test test-slow lint format report readme ui rate study clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,12 @@ readme: setup ## write the tables of README.md and docs/quantization.md from the
 
 ui: setup ## MLflow on http://127.0.0.1:5000
 	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+rate: setup ## people grade answers, blind, on a page: make rate RUNS="FOLDER FOLDER" [STUDY=FOLDER ARGS="--raters 8"]
+	$(PY) -m llm_at_home.human.serve $(RUNS) --study $(STUDY) $(ARGS)
+
+study: setup ## the tables of their grades: make study [STUDY=FOLDER JUDGE="RUN ..." FIDELITY="RUN ..."]
+	$(PY) -m llm_at_home.tasks.study $(STUDY) --judge $(JUDGE) --fidelity $(FIDELITY) $(ARGS)
 
 clean: ## remove .venv (runs, records and caches stay)
 	rm -rf .venv

@@ -53,12 +53,11 @@ class Page:
 
 @dataclass(frozen=True)
 class GradeRow:
-    """A rater's last word on one answer."""
+    """A rater's last word on one answer; ``grade`` is None and ``graded_at`` "" where there is none."""
 
     rater: int
     position: int
     question_id: int
-    category: str
     model: str
     grade: int | None
     comment: str
@@ -207,11 +206,11 @@ class Study:
         return {(label, question_id): json.loads(turns) for label, question_id, turns in rows}
 
     def grades(self) -> list[GradeRow]:
-        """Every rater's last word on every answer that there is one on, by rater and position."""
+        """Every rater's last word on every answer, by rater and position, also where there is none."""
         rows = self._all(
-            "SELECT g.rater, g.position, a.question_id, q.category, m.label, g.grade, g.comment, g.graded_at "
-            "FROM last_grade AS g JOIN item USING (rater, position) JOIN answer AS a USING (answer) "
-            "JOIN question AS q USING (question_id) JOIN model AS m USING (model) ORDER BY g.rater, g.position"
+            "SELECT i.rater, i.position, a.question_id, m.label, g.grade, coalesce(g.comment, ''), "
+            "coalesce(g.graded_at, '') FROM item AS i JOIN answer AS a USING (answer) JOIN model AS m USING (model) "
+            "LEFT JOIN last_grade AS g ON g.rater = i.rater AND g.position = i.position ORDER BY i.rater, i.position"
         )
         return [GradeRow(*row) for row in rows]
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # MLflow's sqlite store takes parameters up to this length; longer ones are split over numbered keys.
 PARAMETER_LENGTH = 6000
-ARTIFACTS = ("config.yaml", RECORD, "answers.jsonl", "judgments.jsonl", "metrics.csv")
+ARTIFACTS = ("config.yaml", RECORD, "answers.jsonl", "judgments.jsonl", "metrics.csv", "grades.csv", "tables.md")
 
 
 class Tracker:

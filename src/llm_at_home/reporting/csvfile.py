@@ -14,7 +14,7 @@ def write(table: Table, out: Path) -> Path:
     path = out / f"{table.key}.csv"
     rows: list[dict[str, str]] = []
     for row in table.rows:
-        rows.append({"record": _safe(os.path.relpath(row.source, out)), "marks": "; ".join(row.marks)})
+        rows.append({"record": safe(os.path.relpath(row.source, out)), "marks": "; ".join(row.marks)})
     names = ["record", "marks"]
     for column in table.columns:
         for fields, row in zip(rows, table.rows, strict=True):
@@ -41,14 +41,14 @@ def _fields(column: Column, cell: Cell) -> dict[str, str]:
     else:
         said = "; ".join(entry.text for entry in known)
     reasons = "; ".join(dict.fromkeys(entry.reason for entry in cell.entries if entry.reason))
-    return {column.key + unit: _safe(said)} | ({f"{column.key}_reason": _safe(reasons)} if reasons else {})
+    return {column.key + unit: safe(said)} | ({f"{column.key}_reason": safe(reasons)} if reasons else {})
 
 
 def _numeric(name: str, unit: str, entry: Entry) -> dict[str, str]:
     fields = {name + unit: _plain(entry.value)}
     if entry.bounds:
         fields |= {f"{name}_{end}{unit}": _plain(b) for end, b in zip(("low95", "high95"), entry.bounds, strict=True)}
-    return fields | ({f"{name}_reason": _safe(entry.reason)} if entry.reason else {})
+    return fields | ({f"{name}_reason": safe(entry.reason)} if entry.reason else {})
 
 
 def _plain(value: object) -> str:
@@ -56,6 +56,6 @@ def _plain(value: object) -> str:
     return f"{value:.12g}" if isinstance(value, int | float) else ""
 
 
-def _safe(text: str) -> str:
-    # A spreadsheet runs a field that starts like a formula; names and errors come from other people.
+def safe(text: str) -> str:
+    """The text as a field that no spreadsheet takes for a formula: names, comments and errors come from other people."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -31,6 +31,16 @@ def table3() -> dict[str, Any]:
     return found
 
 
+def human_grades(quant: str, adapter: str) -> dict[str, Any] | None:
+    """The row of Table II with this quantization, or, of a fine-tuned model, the row of Table IV; None without one.
+
+    ``grades`` maps MT-bench's question ids to mean grades; ``mean`` is over them.
+    """
+    bare = adapter == "none"
+    rows = _published()["table_2" if bare else "table_4"]["rows"]
+    return next((row for row in rows if row["quant"] == quant and (bare or row["adapter"] == adapter)), None)
+
+
 def counterpart(record: Record) -> dict[str, Any] | None:
     """The row of Table I with this quantization (and, of dense weights, this dtype), or None."""
     return _alike(record, table1()["rows"])
