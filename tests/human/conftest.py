@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,39 @@ LINK = re.compile(r"^rater +(\d+)  (http\S+/r/\S+/)  ", re.MULTILINE)
 MakeRun = Callable[..., Path]
 
 
+def write_run(runs: Path, name: str, count: int = 3, texts: dict[int, list[str]] | None = None, **config: Any) -> Path:
+    """A finished run over the first of the shipped questions; ``texts`` are its answers to some of them."""
+    folder = runs / name
+    folder.mkdir(parents=True)
+    with (folder / "answers.jsonl").open("w") as file:
+        for question in load_questions("home_bench", limit=count):
+            number = sum(map(ord, name))
+            said = [f"Reply {turn} to question {question.question_id}, number {number}." for turn in (1, 2)]
+            row = {
+                "question_id": question.question_id,
+                "answer_id": f"secret-answer-{name}",
+                "model_id": f"tiny-{name}",
+                "choices": [{"index": 0, "turns": (texts or {}).get(question.question_id, said)}],
+                "tstamp": 0.0,
+            }
+            file.write(json.dumps(row) + "\n")
+    asked = {"source": "home_bench", "path": None, "ids": None, "references": None}
+    whole = {"model": {"name": "tiny"}, "quant": {"name": name}, "adapter_path": None, "questions": asked, **config}
+    store.save(Record("infer", config=whole, config_hash=f"hash-{name}"), folder)
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """``make_run("nf4", count=3, texts={1: ["...", "..."]}, **config)``: a finished run over the shipped questions."""
-
-    def make(name: str, count: int = 3, texts: dict[int, list[str]] | None = None, **config: Any) -> Path:
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        questions = load_questions("home_bench", limit=count)
-        with (folder / "answers.jsonl").open("w") as file:
-            for question in questions:
-                said = (texts or {}).get(question.question_id) or [
-                    f"Reply to turn {turn} of {question.question_id} in the manner of number {sum(map(ord, name))}."
-                    for turn in (1, 2)
-                ]
-                row = {
-                    "question_id": question.question_id,
-                    "answer_id": f"secret-answer-{name}",
-                    "model_id": f"tiny-{name}",
-                    "choices": [{"index": 0, "turns": said}],
-                    "tstamp": 0.0,
-                }
-                file.write(json.dumps(row) + "\n")
-        asked = {"source": "home_bench", "path": None, "ids": None, "references": None}
-        whole = {"model": {"name": "tiny"}, "quant": {"name": name}, "adapter_path": None, "questions": asked, **config}
-        store.save(Record("infer", config=whole, config_hash=f"hash-{name}"), folder)
-        return folder
-
-    return make
+    """``make_run("nf4", count=3, texts={question_id: ["...", "..."]}, **config)``."""
+    return partial(write_run, tmp_path / "runs")
 
 
 class Server:
     """``make rate`` in a process of its own; ``links[n]`` is rater n's."""
 
     def __init__(self, study: Path, *words: str) -> None:
+        self.study = study
         self.command = [sys.executable, "-m", "llm_at_home.human.serve", "--study", str(study), *words]
         self.port = 0
         self.start()
@@ -105,11 +104,3 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     for server in servers:
         if server.process.poll() is None:
             server.kill()
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait for something that happens by itself."""
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)

@@ -28,7 +28,7 @@ def test_runs_are_read_with_the_questions_that_their_records_name(make_run):
         ("tiny-none", "none", "hash-none"),
         ("tiny-nf4", "none", "hash-nf4"),
     ]
-    assert material.answers["tiny-nf4"][asked[1].question_id][1].startswith("Reply to turn 2")
+    assert material.answers["tiny-nf4"][asked[1].question_id][1].startswith("Reply 2 to")
     assert material.left_out == 0
 
 

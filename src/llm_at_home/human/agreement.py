@@ -48,9 +48,7 @@ def _alpha(values: np.ndarray) -> float | None:
     paired = known.sum(0) > 1
     if len(np.unique(units[:, paired][known[:, paired]])) < 2:
         return None
-    return float(
-        krippendorff.alpha(reliability_data=units, value_domain=list(GRADES), level_of_measurement="ordinal")
-    )
+    return float(krippendorff.alpha(reliability_data=units, value_domain=list(GRADES), level_of_measurement="ordinal"))
 
 
 def bias_readings(grades: Grades) -> dict[str, Reading]:

@@ -68,9 +68,7 @@ def _differences(grades: Grades, drawn: Draws | None) -> dict[str, Reading]:
     """Each model's mean less the first one's, over the grades of raters who graded both answers to a question."""
     readings = {}
     for m, model in enumerate(grades.models[1:], 1):
-        pairs = Grades(
-            (grades.values[:, m] - grades.values[:, 0])[:, None], grades.raters, [model], grades.questions
-        )
+        pairs = Grades((grades.values[:, m] - grades.values[:, 0])[:, None], grades.raters, [model], grades.questions)
         n = int(pairs.known.sum())
         everything = whole(pairs)
         value = model_means(answer_means(pairs, everything), everything)[0, 0]

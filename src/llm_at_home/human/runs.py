@@ -109,7 +109,9 @@ def _read_run(run: str | Path) -> tuple[Model, dict[int, list[str]], Record | No
             model_ids.add(str(row["model_id"]))
             answers[int(row["question_id"])] = [str(turn) for turn in row["choices"][0]["turns"]]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Refusal(f"{file}, question {row.get('question_id')}: no answer in FastChat's format: {error!r}") from None
+            raise Refusal(
+                f"{file}, question {row.get('question_id')}: no answer in FastChat's format: {error!r}"
+            ) from None
     if len(model_ids) != 1:
         raise Refusal(f"{file} holds answers of {len(model_ids)} models: one run is one model")
     record = store.load(path) if path.is_dir() and (path / store.RECORD).is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm_at_home.human.serve", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders with answers.jsonl; none: go on with STUDY")
     parser.add_argument("--study", default=DEFAULT_FOLDER, help="where grades are kept (default: %(default)s)")
-    parser.add_argument("--raters", type=int, help=f"how many get a link (default: {DEFAULT_RATERS}); more may be added")
+    parser.add_argument(
+        "--raters", type=int, help=f"how many get a link (default: {DEFAULT_RATERS})"
+    )
     parser.add_argument("--questions", help="home_bench, mt_bench or a file; default: what the runs' records name")
     parser.add_argument("--ids", type=_ids, help="show these questions: 81,103,119,143,158 are the paper's")
     parser.add_argument("--limit", type=int, help="show the first N questions")
@@ -93,7 +96,9 @@ def _go_on(study: Study, arguments: argparse.Namespace) -> None:
         raise Refusal(f"the questions of the study in {arguments.study} are chosen already: {another}")
     if arguments.raters is not None:
         if arguments.raters < study.raters:
-            raise Refusal(f"the study in {arguments.study} has {study.raters} raters: more may be added, none taken away")
+            raise Refusal(
+                f"the study in {arguments.study} has {study.raters} raters: there can be more and not fewer"
+            )
         study.add_raters(arguments.raters)
 
 
@@ -110,10 +115,8 @@ def _serve(study: Study, arguments: argparse.Namespace) -> None:
         config = uvicorn.Config(
             make_app(study), access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=5
         )
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            pass
     graded = sum(row.grade is not None for row in study.grades())
     print(f"stopped with {graded} grades; the same command goes on, make study STUDY={arguments.study} counts")
 
@@ -124,10 +127,12 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         Refusal: when the address is none of this machine's, or taken.
     """
+    if not 0 <= port < 65536:  # the C library would take the rest of a division
+        raise Refusal(f"--port {port}: a port is from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise Refusal(f"--host {host} --port {port} is no address to listen on: {error}") from None
     try:
         # A server that was killed leaves connections behind, which must not keep its successor from the port.
@@ -152,11 +157,13 @@ def _announcement(study: Study, arguments: argparse.Namespace, address: str) -> 
         lines.append(f"rater {rater:2}  {link}  {done} of {models * questions} graded")
     lines.append("Each link is secret: who has it grades as this rater. The page does not say which model wrote what.")
     if _is_loopback(arguments.host):
-        lines.append(f"Only this machine reaches {arguments.host}; --host 0.0.0.0 would let phones in the same network in.")
+        lines.append(
+            f"Only this machine reaches {arguments.host}; phones in the same network need --host 0.0.0.0."
+        )
     else:
         lines.append(
-            f"WARNING: {arguments.host} is open to the network, and nothing is encrypted: whoever listens there can read"
-            " links, answers and grades, and grade with a link. Use a network that you trust, or stay on"
+            f"WARNING: {arguments.host} is open to the network, and nothing is encrypted: whoever listens there can"
+            " read links, answers and grades, and grade with a link. Use a network that you trust, or stay on"
             f" {LOOPBACK} behind a proxy with TLS (--url https://...)."
         )
     lines.append(f"Grades are kept in {study.path}. Ctrl-C stops.")

@@ -25,7 +25,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 1
 GRADES = range(1, 6)
 #: How long a grade waits for another process that writes into the same file.
-BUSY_TIMEOUT_S = 5.0
+BUSY_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,7 @@ class Study:
                     "INSERT INTO grade (rater, position, grade, comment, graded_at) VALUES (?, ?, ?, ?, ?)",
                     (rater, position, grade, comment, _now()),
                 )
-            row = self._connection.execute(
-                "SELECT count(grade) FROM last_grade WHERE rater = ?", (rater,)
-            ).fetchone()
+            row = self._connection.execute("SELECT count(grade) FROM last_grade WHERE rater = ?", (rater,)).fetchone()
         return int(row[0])
 
     def models(self) -> list[Model]:

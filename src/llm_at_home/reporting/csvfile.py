@@ -57,5 +57,5 @@ def _plain(value: object) -> str:
 
 
 def safe(text: str) -> str:
-    """The text as a field that no spreadsheet takes for a formula: names, comments and errors come from other people."""
+    """A text of other people as a field that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

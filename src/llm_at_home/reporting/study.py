@@ -67,7 +67,9 @@ def _grades(record: Record, models: Sequence[Mapping[str, Any]]) -> str:
         rows.append([_text(label), *cells])
         row = published.human_grades(model["quant"], model["adapter"]) if model["quant"] else None
         if row and sorted(row["grades"]) == sorted(questions):
-            rows.append([f"*published: {row['name']}*", *(f"{row['grades'][q]:g}" for q in shown), f"{row['mean']:g}", ""])
+            rows.append(
+                [f"*published: {row['name']}*", *(f"{row['grades'][q]:g}" for q in shown), f"{row['mean']:g}", ""]
+            )
     text = _table(header, rows)
     if not shown:
         text += f"\n\nThe grades of the {len(questions)} questions one by one are in figures.csv."
