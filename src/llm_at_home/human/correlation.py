@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from llm_at_home.records.schema import Reading
 METHOD = "people/bootstrap_of_raters_and_questions"
 KINDS = ("spearman", "kendall")
 FEWEST = 3  # of two, any order is a correlation of 1 or -1
+AT_ONCE = 2_000_000  # differences held in memory
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -27,43 +29,46 @@ def correlation_readings(
     lower (a divergence) agrees with people when its correlation is negative.
     """
     active = grades.active()
-    everything = whole(active)
+    once = whole(active)
     drawn = pigeonhole_draws(active) if len(active.raters) > 1 else None
     readings: dict[str, Reading] = {}
+
+    def add(over: str, name: str, pair: Callable[[Draws], Pair]) -> None:
+        readings.update(_readings(over, name, pair(once), pair(drawn) if drawn else None))
+
     for judge in judges:
-        name = f"judge_{judge.name}"
-        resampled = _models_with_judge(active, judge, drawn) if drawn else None
-        readings |= _readings("models", name, next(_models_with_judge(active, judge, everything)), resampled)
-        resampled = _answers_with_judge(active, judge, drawn) if drawn else None
-        readings |= _readings("answers", name, next(_answers_with_judge(active, judge, everything)), resampled)
+        add("models", f"judge_{judge.name}", partial(_models_with_judge, active, judge))
+        add("answers", f"judge_{judge.name}", partial(_answers_with_judge, active, judge))
     for name, figures in fidelity.items():
-        resampled = _models_with_figures(active, figures, drawn) if drawn else None
-        readings |= _readings("models", name, next(_models_with_figures(active, figures, everything)), resampled)
+        add("models", name, partial(_models_with_figures, active, figures))
     return readings
 
 
-def rank_correlations(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Spearman's rho and Kendall's tau-b of two vectors, pairs with a NaN left out.
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rho and Kendall's tau-b along the last axis, pairs with a NaN left out: shape (2, ...).
 
-    NaN for fewer than three pairs, and where one side is all ties. scipy's functions, whose values these are, spend
-    most of their time on p-values, and the bootstrap calls this thousands of times.
+    NaN for fewer than three pairs, and where one side is all ties. Both follow from the signs of all differences: their
+    sums by row are, up to a constant, the ranks with ties shared. scipy has the same for one pair of vectors at a time,
+    with p-values that the bootstrap would throw away by the thousand.
     """
-    from scipy.stats import rankdata
-
-    both = ~(np.isnan(x) | np.isnan(y))
-    x, y = x[both], y[both]
-    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return np.nan, np.nan
-    rank_x, rank_y = rankdata(x), rankdata(y)
-    order_x = np.sign(rank_x[:, None] - rank_x)
-    order_y = np.sign(rank_y[:, None] - rank_y)
-    tau = (order_x * order_y).sum() / np.sqrt(np.abs(order_x).sum() * np.abs(order_y).sum())
-    return float(np.corrcoef(rank_x, rank_y)[0, 1]), float(tau)
+    known = ~(np.isnan(x) | np.isnan(y))
+    both = known[..., :, None] & known[..., None, :]
+    signs = [np.where(both, np.sign(side[..., :, None] - side[..., None, :]), 0.0) for side in (x, y)]
+    ranks = [one.sum(-1) for one in signs]
+    found = np.stack([_cosine(*ranks, axis=(-1,)), _cosine(*signs, axis=(-2, -1))])
+    return np.where(known.sum(-1) < FEWEST, np.nan, found)
 
 
-def _readings(over: str, name: str, pair: Pair, resampled: Iterator[Pair] | None) -> dict[str, Reading]:
+def _cosine(x: np.ndarray, y: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine: np.ndarray = (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+    return cosine
+
+
+def _readings(over: str, name: str, pair: Pair, resampled: Pair | None) -> dict[str, Reading]:
+    """Of one pair of shape (1, n), and of its resamples, of shape (resamples, n)."""
     both = int((~(np.isnan(pair[0]) | np.isnan(pair[1]))).sum())
-    values = rank_correlations(*pair)
+    values = rank_correlations(*pair)[:, 0]
     if not np.isfinite(values).all():
         why = (
             f"{both} {over} are known to both, and a rank correlation needs {FEWEST}"
@@ -71,29 +76,33 @@ def _readings(over: str, name: str, pair: Pair, resampled: Iterator[Pair] | None
             else f"one side gives all {both} {over} the same"
         )
         return {f"{kind}_{over}/{name}": Reading.unknown("1", why, METHOD) for kind in KINDS}
-    draws = np.array([rank_correlations(*one) for one in resampled]) if resampled is not None else None
+    intervals: list[tuple[float, float] | None] = [None] * len(KINDS)
+    if resampled is not None:
+        few = max(1, AT_ONCE // pair[0].size ** 2)
+        parts = range(0, len(resampled[0]), few)
+        drawn = [rank_correlations(*(side[start : start + few] for side in resampled)) for start in parts]
+        intervals = [interval95(one) for one in np.concatenate(drawn, axis=1)]
     return {
-        f"{kind}_{over}/{name}": Reading(
-            values[k], "1", METHOD, interval95=None if draws is None else interval95(draws[:, k]), n=both
-        )
-        for k, kind in enumerate(KINDS)
+        f"{kind}_{over}/{name}": Reading(float(value), "1", METHOD, interval95=interval, n=both)
+        for kind, value, interval in zip(KINDS, values, intervals, strict=True)
     }
 
 
-def _models_with_judge(grades: Grades, judge: Judge, draws: Draws) -> Iterator[Pair]:
+def _models_with_judge(grades: Grades, judge: Judge, draws: Draws) -> Pair:
     answers = answer_means(grades, draws)
-    scores = np.broadcast_to(judge.scores, answers.shape)
-    neither = np.isnan(answers) | np.isnan(scores)
-    people, judged = (model_means(np.where(neither, np.nan, side), draws) for side in (answers, scores))
-    yield from zip(people, judged, strict=True)
+    neither = np.isnan(answers) | np.isnan(judge.scores)
+    people, judged = (np.where(neither, np.nan, side) for side in (answers, judge.scores))
+    return model_means(people, draws), model_means(judged, draws)
 
 
-def _answers_with_judge(grades: Grades, judge: Judge, draws: Draws) -> Iterator[Pair]:
-    for answers, times in zip(answer_means(grades, draws), draws.questions, strict=True):
-        drawn = np.repeat(np.arange(len(times)), times.astype(int))
-        yield answers[:, drawn].ravel(), judge.scores[:, drawn].ravel()
+def _answers_with_judge(grades: Grades, judge: Judge, draws: Draws) -> Pair:
+    places = np.arange(len(grades.questions))
+    drawn = np.stack([np.repeat(places, times.astype(int)) for times in draws.questions])
+    people = np.take_along_axis(answer_means(grades, draws), drawn[:, None, :], axis=2)
+    judged = judge.scores[:, drawn].swapaxes(0, 1)
+    return people.reshape(len(drawn), -1), judged.reshape(len(drawn), -1)
 
 
-def _models_with_figures(grades: Grades, figures: np.ndarray, draws: Draws) -> Iterator[Pair]:
-    for people in model_means(answer_means(grades, draws), draws):
-        yield people, figures
+def _models_with_figures(grades: Grades, figures: np.ndarray, draws: Draws) -> Pair:
+    people = model_means(answer_means(grades, draws), draws)
+    return people, np.broadcast_to(figures, people.shape)

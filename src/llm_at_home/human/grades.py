@@ -72,7 +72,7 @@ def pigeonhole_draws(grades: Grades, seed: int = 0) -> Draws:
 
 def answer_means(grades: Grades, draws: Draws) -> np.ndarray:
     """The mean over raters of each answer's grades: (resamples, models, questions); NaN where nobody graded it."""
-    flat = grades.values.reshape(len(grades.raters), -1)
+    flat = grades.values.reshape(len(grades.raters), len(grades.models) * len(grades.questions))
     sums = draws.raters @ np.nan_to_num(flat)
     counts = draws.raters @ grades.known.reshape(flat.shape).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):
