@@ -53,10 +53,17 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     known = ~(np.isnan(x) | np.isnan(y))
     both = known[..., :, None] & known[..., None, :]
-    signs = [np.where(both, np.sign(side[..., :, None] - side[..., None, :]), 0.0) for side in (x, y)]
+    signs = [_signs(side, both) for side in (x, y)]
     ranks = [one.sum(-1) for one in signs]
     found = np.stack([_cosine(*ranks, axis=(-1,)), _cosine(*signs, axis=(-2, -1))])
     return np.where(known.sum(-1) < FEWEST, np.nan, found)
+
+
+def _signs(x: np.ndarray, both: np.ndarray) -> np.ndarray:
+    # Single precision is exact for sums of signs, and half the memory.
+    signs = np.sign(x[..., :, None] - x[..., None, :], dtype=np.float32, casting="same_kind")
+    signs[~both] = 0
+    return signs
 
 
 def _cosine(x: np.ndarray, y: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
