@@ -101,7 +101,9 @@ def test_intervals_hold_what_they_promise_for_simulated_raters():
     hits = 0
     for _trial in range(100):
         values = 3 + 0.5 * generator.standard_normal((8, 1, 1)) + 0.7 * generator.standard_normal((1, 1, 20))
-        low, high = mean_readings(grades(values + 0.8 * generator.standard_normal((8, 1, 20))))["human_grade/m0"].interval95
+        low, high = mean_readings(grades(values + 0.8 * generator.standard_normal((8, 1, 20))))[
+            "human_grade/m0"
+        ].interval95
         hits += low < 3 < high
     assert 0.85 < hits / 100 <= 0.99
 
