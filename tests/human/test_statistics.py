@@ -11,6 +11,7 @@ from llm_at_home.human.compared import Judge
 from llm_at_home.human.correlation import correlation_readings, rank_correlations
 from llm_at_home.human.grades import Grades, answer_means, interval95, model_means, pigeonhole_draws
 from llm_at_home.human.means import difference_name, grade_name, mean_readings
+from llm_at_home.human.votes import vote_readings
 
 _ = np.nan
 
@@ -50,8 +51,9 @@ def test_without_grades_everything_is_unknown_with_a_reason_and_one_rater_has_no
     nothing = grades(np.full((3, 2, 2), np.nan))
     judge = [Judge("j", np.ones((2, 2)))]
     readings = mean_readings(nothing) | {"alpha": alpha_reading(nothing)} | bias_readings(nothing)
+    readings |= vote_readings(nothing, judge)
     readings |= correlation_readings(nothing, judge, {"kl": np.array([0.1, 0.2])})
-    assert len(readings) == 7 + 1 + 3 + 6
+    assert len(readings) == 7 + 1 + 3 + 4 + 6
     assert all(reading.value is None and reading.reason for reading in readings.values())
 
     one = random_grades(1, 3, 4)
@@ -181,6 +183,29 @@ def test_a_correlation_that_says_nothing_is_unknown():
     readings = correlation_readings(people, [], figures)
     assert readings["kendall_models/kl"].reason == "2 models are known to both, and a rank correlation needs 3"
     assert readings["spearman_models/same"].reason == "one side gives all 3 models the same"
+
+
+def test_votes_on_pairs_are_counted_with_and_without_ties():
+    # Question 81: rater 1 says a > b = c, rater 2 a > b > c; question 82: both a = b = c but rater 2 lacks c.
+    people = grades([[[5, 3], [2, 3], [2, 3]], [[4, 1], [3, 1], [1, _]]])
+    judge = Judge("j", np.array([[9, 9], [8, 7], [8, 9]], dtype=float))
+    readings = vote_readings(people, [judge])
+    # Raters: the same on a/b and a/c, not on b/c; and on a/b of 82.
+    assert (readings["agreement_with_ties/people"].value, readings["agreement_with_ties/people"].n) == (0.75, 4)
+    assert (readings["agreement_without_ties/people"].value, readings["agreement_without_ties/people"].n) == (1, 2)
+    # The judge says a > b = c on 81, and a = c > b on 82: rater 1 agrees on 3 + 1 pairs of 6, rater 2 on 2 + 0 of 4.
+    assert readings["agreement_with_ties/judge_j"].value == pytest.approx(6 / 10)
+    assert (readings["agreement_without_ties/judge_j"].value, readings["agreement_without_ties/judge_j"].n) == (1, 4)
+    low, high = readings["agreement_with_ties/judge_j"].interval95
+    assert 0 <= low < 0.6 < high <= 1
+
+
+def test_votes_by_chance_agree_by_chance():
+    readings = vote_readings(random_grades(8, 5, 40), [Judge("j", random_grades(1, 5, 40, seed=9).values[0])])
+    for who in ("people", "judge_j"):
+        assert readings[f"agreement_without_ties/{who}"].value == pytest.approx(0.5, abs=0.05)
+        # Five grades alike: a tie in 1 of 5 pairs, so 0.2² + 0.4² + 0.4².
+        assert readings[f"agreement_with_ties/{who}"].value == pytest.approx(0.36, abs=0.04)
 
 
 def test_an_interval_is_not_taken_from_a_few_resamples_that_worked():

@@ -129,14 +129,14 @@ def test_an_answer_is_shown_as_text(rater):
     assert "&lt;script&gt;document.title=&#39;ran&#39;&lt;/script&gt;\n&lt;img" in page
     assert "{{ 7 * 7 }} &amp;amp;" in page
     assert "The assistant gave no text here." in page
-    assert re.findall(r"<script[^>]*>", page) == ['<script src="/static/rate.js" defer>']
+    assert re.findall(r"<script[^>]*>", page) == ['<script src="../../static/rate.js" defer>']
     assert not re.search(r"\son\w+=|style=", re.sub(r"&lt;img.*", "", page))
 
 
 def test_a_wrong_link_leads_nowhere(rater):
     other = "A" if rater.link.path[-2] != "A" else "B"
     wrong = f"{rater.link.path[:-2]}{other}/"
-    outside = ["/", "/r/", "/r/%C3%A9/", "/study.sqlite", "/static/../web.py", "/static/%2e%2e/web.py"]
+    outside = ["/", "/r/", "/r/%C3%A9/", wrong[:-1], "/study.sqlite", "/static/../web.py", "/static/%2e%2e/web.py"]
     no_item = ["nothing", "0", "5", "9" * 30, "1/2", "-1"]
     for path in [*(wrong + end for end in ("", "1", "5")), *outside, *(rater.link.path + end for end in no_item)]:
         status, headers, body = rater.ask("GET", path)
@@ -145,6 +145,11 @@ def test_a_wrong_link_leads_nowhere(rater):
         assert "Open your own link" in body
     assert rater.ask("POST", wrong + "1", "grade=3")[0] == 404
     assert rater.get()[0] == 200
+
+
+def test_a_link_that_lost_its_last_stroke_still_leads_there(rater):
+    status, headers, _ = rater.ask("GET", rater.link.path[:-1])
+    assert (status, headers["location"]) == (307, rater.link.path.split("/")[2] + "/")
 
 
 def test_a_form_from_elsewhere_is_refused(rater):

@@ -43,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm_at_home.human.serve", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders with answers.jsonl; none: go on with STUDY")
     parser.add_argument("--study", default=DEFAULT_FOLDER, help="where grades are kept (default: %(default)s)")
-    parser.add_argument(
-        "--raters", type=int, help=f"how many get a link (default: {DEFAULT_RATERS})"
-    )
+    parser.add_argument("--raters", type=int, help=f"how many get a link (default: {DEFAULT_RATERS})")
     parser.add_argument("--questions", help="home_bench, mt_bench or a file; default: what the runs' records name")
     parser.add_argument("--ids", type=_ids, help="show these questions: 81,103,119,143,158 are the paper's")
     parser.add_argument("--limit", type=int, help="show the first N questions")
@@ -96,9 +94,7 @@ def _go_on(study: Study, arguments: argparse.Namespace) -> None:
         raise Refusal(f"the questions of the study in {arguments.study} are chosen already: {another}")
     if arguments.raters is not None:
         if arguments.raters < study.raters:
-            raise Refusal(
-                f"the study in {arguments.study} has {study.raters} raters: there can be more and not fewer"
-            )
+            raise Refusal(f"the study in {arguments.study} has {study.raters} raters: there can be more and not fewer")
         study.add_raters(arguments.raters)
 
 
@@ -157,9 +153,7 @@ def _announcement(study: Study, arguments: argparse.Namespace, address: str) -> 
         lines.append(f"rater {rater:2}  {link}  {done} of {models * questions} graded")
     lines.append("Each link is secret: who has it grades as this rater. The page does not say which model wrote what.")
     if _is_loopback(arguments.host):
-        lines.append(
-            f"Only this machine reaches {arguments.host}; phones in the same network need --host 0.0.0.0."
-        )
+        lines.append(f"Only this machine reaches {arguments.host}; phones in the same network need --host 0.0.0.0.")
     else:
         lines.append(
             f"WARNING: {arguments.host} is open to the network, and nothing is encrypted: whoever listens there can"

@@ -51,13 +51,15 @@ def make_app(study: Study) -> Any:
     app = Starlette(
         routes=[
             Mount("/static", StaticFiles(directory=HERE / "static")),
-            Route("/r/{token}/", pages.overview, name="overview"),
-            Route("/r/{token}/{position:int}", pages.item, name="item"),
+            Route("/r/{token}", pages.without_slash),
+            Route("/r/{token}/", pages.overview),
+            Route("/r/{token}/{position:int}", pages.item),
             Route("/r/{token}/{position:int}", pages.grade, methods=["POST"]),
         ],
         exception_handlers={HTTPException: pages.failure, sqlite3.Error: pages.storage_failure},
         max_body_size=MAX_BODY,
     )
+    app.router.redirect_slashes = False  # it would answer with a link's secret before it is checked
     return _Hardened(app)
 
 
@@ -79,6 +81,11 @@ class _Pages:
         items = await run_in_threadpool(self._study.items, rater)
         left = [item.position for item in items if item.grade is None]
         return self._html("overview.html.jinja", rater=rater, items=items, left=left, static=_static(request))
+
+    async def without_slash(self, request: Request) -> Response:
+        """A link that lost its end on the way."""
+        self._rater(request)
+        return RedirectResponse(f"{request.path_params['token']}/", 307)
 
     async def item(self, request: Request) -> Response:
         """One answer to read and grade."""
@@ -175,7 +182,8 @@ class _Hardened:
 
 
 def _static(request: Request) -> str:
-    return f"{request.scope.get('root_path', '')}/static"
+    """The way there from the page that was asked for; relative, since a proxy may put a folder before all of it."""
+    return "../" * (request.url.path.count("/") - 1) + "static"
 
 
 def _next(page: Page) -> str:

@@ -11,6 +11,7 @@ from llm_at_home.human.agreement import ALPHA, bias_name
 from llm_at_home.human.correlation import KINDS
 from llm_at_home.human.means import difference_name, grade_name
 from llm_at_home.human.study import GradeRow
+from llm_at_home.human.votes import TIES
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import published
 from llm_at_home.reporting.csvfile import safe
@@ -31,7 +32,12 @@ def markdown(record: Record) -> str:
     ):
         if own:
             parts.append(f"## {title}\n\n" + _grades(record, own))
-    parts += ["## Agreement of the raters\n\n" + _agreement(record), _correlations(record), _notes(record)]
+    parts += [
+        "## Agreement of the raters\n\n" + _agreement(record),
+        _votes(record),
+        _correlations(record),
+        _notes(record),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -82,7 +88,18 @@ def _agreement(record: Record) -> str:
         for rater in range(1, record.counts["raters"] + 1)
     ]
     alpha = f"Krippendorff's alpha (ordinal): {_cell(record.quality[ALPHA], None)}"
-    return alpha + "\n\n" + _table(["", "milder (+) or stricter (-) than the others, points [95 %]"], rows)
+    table = _table(["", "milder (+) or stricter (-) than the others, points [95 %]"], rows)
+    return f"## Agreement of the raters\n\n{alpha}\n\n{table}"
+
+
+def _votes(record: Record) -> str:
+    one, other = (f"agreement_{ties}/" for ties in TIES)
+    rows = []
+    for who in [name.removeprefix(one) for name in record.quality if name.startswith(one)]:
+        both = [record.quality[kind + who] for kind in (one, other)]
+        rows.append([_text(who), *(_cell(reading, None) for reading in both), *(str(r.n or 0) for r in both)])
+    header = ["raters and", "agreement with ties [95 %]", "without ties [95 %]", "votes with ties", "without ties"]
+    return "## Which of two answers is better\n\n" + _table(header, rows)
 
 
 def _correlations(record: Record) -> str:

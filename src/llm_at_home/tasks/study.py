@@ -101,6 +101,7 @@ def _fill(record: Record, study: Study, rows: Sequence[GradeRow], arguments: arg
     from llm_at_home.human.correlation import correlation_readings
     from llm_at_home.human.grades import Grades
     from llm_at_home.human.means import mean_readings
+    from llm_at_home.human.votes import vote_readings
 
     models, questions = study.models(), record.config["questions"]
     judges = read_judges(arguments.judge, models, questions)
@@ -109,6 +110,7 @@ def _fill(record: Record, study: Study, rows: Sequence[GradeRow], arguments: arg
     record.quality |= mean_readings(grades)
     record.quality[ALPHA] = alpha_reading(grades)
     record.quality |= bias_readings(grades)
+    record.quality |= vote_readings(grades, judges)
     record.quality |= correlation_readings(grades, judges, fidelity)
     by_rater = grades.known.sum((1, 2))
     each = len(models) * len(questions)
