@@ -91,6 +91,21 @@ def test_judges_stand_beside_the_run_that_they_judged(make, save, table):
     assert "evaluate.py task=judge" in reasons(other, "judge_score")[0]
 
 
+def test_peoples_grades_stand_beside_the_run_that_they_are_of_and_nowhere_without_a_study(make, save, table):
+    save(make.infer("graded"), "a")
+    save(make.infer("other", quant="nf4"), "b")
+    assert "human_grade" not in [column.key for column in table("inference").columns]
+    models = [{"label": "m [bare]", "config_hash": "graded"}, {"label": "n", "config_hash": "of another run"}]
+    quality = {f"human_grade/{model['label']}": make.reading(3.25, "points", "people", n=40) for model in models}
+    save(Record("human", config={"models": models}, config_hash="study", quality=quality), "spring")
+    made = table("inference")
+    assert "human_grade" in [column.key for column in made.columns]
+    first, other = made.rows
+    assert [(e.label, e.text) for e in first.cells["human_grade"].entries] == [("spring", "3.25")]
+    assert shown(other, "human_grade") == [EN_DASH]
+    assert "make rate" in reasons(other, "human_grade")[0]
+
+
 def test_a_finetuning_row_shows_quality_before_and_after(make, save, table):
     trained = make.train()
     folder = save(trained, "t").parent

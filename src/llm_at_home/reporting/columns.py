@@ -53,6 +53,7 @@ INFERENCE = (
     Column("energy_scaled_40k", "scaled to 40,000 tokens", "Energy", unit="Wh", decimals=1, better="lower"),
     Column("judge_score", "judge score", "Quality", "many", better="higher", terminal="Score"),
     Column("win_rate", "win rate", "Quality", "many", unit="%", decimals=1, better="higher"),
+    Column("human_grade", "people, 1 to 5", "Quality", "many", better="higher"),
 )
 _AFTER = (
     Column("exact_match", "exact match", unit="%", decimals=1, better="higher", terminal="EM %"),

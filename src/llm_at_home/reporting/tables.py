@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llm_at_home.records.schema import Record
+from llm_at_home.human.means import grade_name
 from llm_at_home.reporting import entries, facts, published
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Row, Table, text, unknown
 from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED, by_key
@@ -27,6 +28,7 @@ _MARK_NOTES = {
 }
 _UNJUDGED = "no judge has scored this run yet: python evaluate.py task=judge answers=RUN_FOLDER"
 _UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge with a baseline=RUN_FOLDER"
+_UNGRADED = "no study of people's grades holds this run: make rate RUNS=..., then make study"
 _UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
 _NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
 
@@ -92,6 +94,8 @@ def _table(
     # A kind of memory that none of the devices defines would be a column of dashes.
     defined = {name for row in rows if row.run for name in entries.defined_memory(row.run.record)}
     columns = tuple(c for c in columns if c not in MEMORY or c.key in defined)
+    # Nor is there anything to tell of people where none were asked.
+    columns = tuple(c for c in columns if c.key != "human_grade" or book.studies)
     return Table(key, title, caption, columns, tuple(rows), _MARK_NOTES)
 
 
@@ -102,6 +106,7 @@ class _Book:
         self.runs = loaded.runs
         finished = [r for r in loaded.runs if r.record.task == "evaluate" and r.record.status == "ok"]
         self.judged = [r for r in finished if facts.evaluation(r.record) == "judge"]
+        self.studies = [r for r in loaded.runs if r.record.task == "human"]
         self.bare = [r for r in loaded.runs if r.record.task == "infer" and _is_bare(r.record)]
         texts = [r for r in finished if facts.evaluation(r.record) == "text"]
         # With passages in its prompt a model is neither the untouched one nor the trained one.
@@ -133,6 +138,7 @@ class _Book:
             ("win_rate", ("win_rate",), _UNCOMPARED),
         ):
             cells[key] = self._judged(by_key(INFERENCE, key), names, run, missing)
+        cells["human_grade"] = self._graded(by_key(INFERENCE, "human_grade"), run)
         return cells
 
     def finetuning(self, run: Run) -> dict[str, Cell] | None:
@@ -244,6 +250,15 @@ class _Book:
         if facts.has_random_weights(run.record) and not scores:
             missing = "a model with random weights has no quality to score"
         return Cell(tuple(scores) or (unknown(missing),))
+
+    def _graded(self, column: Column, run: Run) -> Cell:
+        grades = []
+        for study in self.studies:
+            for model in facts.at(study.record.config, "models") or ():
+                reading = study.record.quality.get(grade_name(str(facts.at(model, "label"))))
+                if reading and run.record.config_hash and facts.at(model, "config_hash") == run.record.config_hash:
+                    grades.append(column.entry(reading, study.path, facts.clean(study.path.parent.name)))
+        return Cell(tuple(grades) or (unknown(_UNGRADED),))
 
     def _before(self, trained: Record, after: Run | None) -> tuple[Run | None, str]:
         def same(record: Record) -> bool:
