@@ -169,6 +169,22 @@ def test_a_grade_waits_in_the_browser_until_the_server_is_back_even_if_the_page_
     assert page.get_by_role("radio", name="4").is_checked()
 
 
+def test_a_grade_that_the_server_refuses_is_said_to_be_unsaved(server, browser):
+    page = browser.new_page()
+    page.goto(server.links[1] + "1")
+    page.locator("[name=form_token]").evaluate("element => { element.value = 'of another page'; }")
+    page.keyboard.press("2")
+    page.get_by_text("Not saved: question 1, answer 1. This form is not from your own page").wait_for()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert page.url.endswith("/1")
+    assert on_disk(server)[1, 1] is None
+    page.reload()
+    page.keyboard.press("3")
+    saved(page)
+    assert on_disk(server)[1, 1] == 3
+
+
 def test_next_goes_on_by_itself_once_the_server_is_back(server, browser):
     page = browser.new_page()
     page.goto(server.links[1] + "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import stat
 import subprocess
@@ -113,6 +114,17 @@ def test_a_grade_that_cannot_be_written_raises_and_leaves_everything_as_it_was(s
 def test_nobody_else_on_the_machine_can_read_the_secret(study):
     for path in study.path.parent.glob(f"{DATABASE}*"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_a_study_that_could_not_be_begun_leaves_nothing_in_the_way(make_run, tmp_path):
+    material = read_material([make_run("none")])
+    twice = dataclasses.replace(material, models=material.models * 2)
+    with pytest.raises(sqlite3.IntegrityError):
+        Study.begin(tmp_path / "study", twice, raters=1)
+    assert list((tmp_path / "study").iterdir()) == []
+    begun = Study.begin(tmp_path / "study", material, raters=1)
+    assert {path.name for path in (tmp_path / "study").iterdir()} <= {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"}
+    begun.close()
 
 
 def test_a_study_is_not_begun_twice_and_a_broken_file_is_no_study(study, tmp_path):

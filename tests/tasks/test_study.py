@@ -9,6 +9,12 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +24,9 @@ from llm_at_home.human.study import Study
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import published
-from llm_at_home.tasks import study as command
+from llm_at_home.tasks import study as program
 
+ROOT = Path(__file__).resolve().parents[2]
 PAPERS = (81, 103, 119, 143, 158)
 #: What each rater gives each model on every question, before the rater's own mildness.
 GRADES = {"base": 4, "base-nf4": 3, "base-awq": 2, "base-lora": 3}
@@ -47,7 +54,7 @@ def grade_all(study: Study, rater: int, mildness: int = 0, but: int = 0) -> None
 
 
 def run(study: Study, *words: object, mlflow: str = "none") -> Record:
-    assert command.main([str(study.path.parent), *map(str, words), "--mlflow", mlflow]) == 0
+    assert program.main([str(study.path.parent), *map(str, words), "--mlflow", mlflow]) == 0
     return store.load(study.path.parent)
 
 
@@ -146,6 +153,37 @@ def test_a_comment_is_no_formula_and_no_secret_is_exported(study):
 
 
 @pytest.mark.slow
+def test_from_inference_over_the_page_to_the_tables(command, tmp_path, capsys):
+    for quant in ("none", "rtn"):
+        done = command(
+            "infer.py", f"quant={quant}", "limit=2", "engine.max_new_tokens=4", f"hydra.run.dir={tmp_path / quant}"
+        )
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "study"
+    words = [str(tmp_path / "none"), str(tmp_path / "rtn"), "--study", str(folder), "--raters", "2", "--port", "0"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "llm_at_home.human.serve", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        lines = iter(server.stdout.readline, "")
+        link = next(line.split()[2] for line in lines if line.startswith("rater"))
+        for position in range(1, 5):
+            with urllib.request.urlopen(f"{link}{position}") as page:
+                token = re.search(r'name="form_token" value="([^"]+)"', page.read().decode())[1]
+            form = urllib.parse.urlencode({"form_token": token, "grade": position, "comment": ""}).encode()
+            urllib.request.urlopen(f"{link}{position}", form).close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=20)
+    assert program.main([str(folder), "--mlflow", "none"]) == 0
+    record = store.load(folder)
+    assert {model["quant"]: model["adapter"] for model in record.config["models"]} == {"none": "none", "rtn": "none"}
+    assert record.counts["grades"] == 4
+    assert sum(record.quality[f"human_grade/{m['label']}"].value for m in record.config["models"]) == 5
+    assert "Table II" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_it_is_in_mlflow(study, tmp_path):
     from mlflow.tracking import MlflowClient
 
@@ -161,10 +199,10 @@ def test_it_is_in_mlflow(study, tmp_path):
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path, capsys):
-    assert command.main([str(tmp_path), "--mlflow", "none"]) == 2
+    assert program.main([str(tmp_path), "--mlflow", "none"]) == 2
     assert capsys.readouterr().err == f"refused: {tmp_path} holds no study: `make rate RUNS=...` begins one\n"
     shutil.rmtree(tmp_path)
-    assert command.main([str(tmp_path)]) == 2
+    assert program.main([str(tmp_path)]) == 2
 
 
 def test_the_published_means_are_those_of_their_cells():

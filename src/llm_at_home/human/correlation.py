@@ -53,9 +53,8 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     known = ~(np.isnan(x) | np.isnan(y))
     both = known[..., :, None] & known[..., None, :]
-    signs = [_signs(side, both) for side in (x, y)]
-    ranks = [one.sum(-1) for one in signs]
-    found = np.stack([_cosine(*ranks, axis=(-1,)), _cosine(*signs, axis=(-2, -1))])
+    of_x, of_y = _signs(x, both), _signs(y, both)
+    found = np.stack([_cosine(of_x.sum(-1), of_y.sum(-1), (-1,)), _cosine(of_x, of_y, (-2, -1))])
     return np.where(known.sum(-1) < FEWEST, np.nan, found)
 
 

@@ -103,29 +103,16 @@ class Study:
             raise Refusal(f"--raters {raters}: a study has at least one")
         path = Path(folder) / DATABASE
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{DATABASE}.{os.getpid()}")
         # The file holds the secret of every link.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        connection = _connect(path)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         try:
-            with _transaction(connection):
-                if connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-                    raise Refusal(f"{folder} holds a study already")
-                for statement in SCHEMA.read_text(encoding="utf-8").split(";\n"):
-                    connection.execute(statement)
-                _write_material(connection, material)
-                facts = {
-                    "schema_version": SCHEMA_VERSION,
-                    "secret": links.new_secret(),
-                    "fingerprint": material.fingerprint(),
-                    "seed": seed,
-                    "left_out": material.left_out,
-                    "begun_at": _now(),
-                }
-                connection.executemany("INSERT INTO study VALUES (?, ?)", [(k, str(v)) for k, v in facts.items()])
-                for rater in range(1, raters + 1):
-                    _write_order(connection, seed, rater)
+            _write_study(part, material, raters, seed)
+            os.link(part, path)  # a rename would replace a study that was begun meanwhile
+        except FileExistsError:
+            raise Refusal(f"{folder} holds a study already") from None
         finally:
-            connection.close()
+            part.unlink()
         return cls(folder)
 
     def close(self) -> None:
@@ -249,6 +236,28 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _write_study(path: Path, material: Material, raters: int, seed: int) -> None:
+    connection = _connect(path)
+    try:
+        with _transaction(connection):
+            for statement in SCHEMA.read_text(encoding="utf-8").split(";\n"):
+                connection.execute(statement)
+            _write_material(connection, material)
+            facts = {
+                "schema_version": SCHEMA_VERSION,
+                "secret": links.new_secret(),
+                "fingerprint": material.fingerprint(),
+                "seed": seed,
+                "left_out": material.left_out,
+                "begun_at": _now(),
+            }
+            connection.executemany("INSERT INTO study VALUES (?, ?)", [(k, str(v)) for k, v in facts.items()])
+            for rater in range(1, raters + 1):
+                _write_order(connection, seed, rater)
+    finally:
+        connection.close()
 
 
 def _write_material(connection: sqlite3.Connection, material: Material) -> None:

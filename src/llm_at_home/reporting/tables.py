@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llm_at_home.records.schema import Record
 from llm_at_home.human.means import grade_name
+from llm_at_home.records.schema import Record
 from llm_at_home.reporting import entries, facts, published
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Row, Table, text, unknown
 from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED, by_key
