@@ -25,7 +25,7 @@ def convert(model: Any) -> None:
         Refusal: for a layer whose shape the kernels do not take.
     """
     for name, layer in linear_layers(model):
-        layer.weight = _sparse(layer.weight, name)
+        layer.weight = sparse(layer.weight, name)
 
 
 def random_model(config: Mapping[str, Any]) -> Any:
@@ -42,8 +42,8 @@ def random_model(config: Mapping[str, Any]) -> Any:
     def fill(layer: Any, weight: torch.Tensor) -> None:
         layer.__class__ = torch.nn.Linear
         pruned = magnitude.prune(weight, None, pattern, prune)
-        sparse = prune["kernel"] == "semi_structured"
-        layer.weight = _sparse(pruned, "") if sparse else torch.nn.Parameter(pruned, requires_grad=False)
+        converted = sparse(pruned) if prune["kernel"] == "semi_structured" else None
+        layer.weight = torch.nn.Parameter(pruned, requires_grad=False) if converted is None else converted
 
     return random_weights.build(
         load_config(config["model"]),
@@ -53,7 +53,17 @@ def random_model(config: Mapping[str, Any]) -> Any:
     )
 
 
-def _sparse(weight: torch.Tensor, name: str) -> torch.nn.Parameter:
+def sparse(weight: torch.Tensor, name: str = "") -> torch.nn.Parameter:
+    """A 2:4 weight, of shape (outputs, inputs), as the layer's parameter for torch's sparse kernels: cuSPARSELt's where
+    this torch has them, else CUTLASS's.
+
+    Args:
+        weight: on a GPU, in 16 bits; what is not 2:4 in it is lost without an error.
+        name: of the layer, for the message.
+
+    Raises:
+        Refusal: for a shape that the kernels do not take.
+    """
     outputs, inputs = weight.shape
     if outputs % OUTPUTS or inputs % INPUTS:
         raise Refusal(
