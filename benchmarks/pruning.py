@@ -5,13 +5,13 @@
     python benchmarks/pruning.py --speed --out results/h100/pruning
     python benchmarks/pruning.py --speed --table results/h100/pruning
 
-What it loses: each row is one run of ``evaluate.py task=fidelity`` on the embedded model, in a process of its own, against
-the model before it was pruned, on held-out passages that share nothing with the calibration text. Rows that are there are
-not run again.
+What it loses: each row is one run of ``evaluate.py task=fidelity`` on the embedded model, in a process of its own,
+against the model before it was pruned, on held-out passages that share nothing with the calibration text. Rows that are
+there are not run again.
 
 What it gains (``--speed``, on a GPU of compute capability 8.0 and 24 GB): matrices of Llama-2-7B's shapes, dense and
-2:4, by the number of tokens that they are multiplied with, in ``kernels.json``; and the whole model with random weights,
-the same zeros in both, answering 16 prompts at once.
+2:4, by the number of tokens that they are multiplied with, in ``kernels.json``; and the whole model with random
+weights, the same zeros in both, answering 16 prompts at once.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llm_at_home.adapters.attach import merged, prepare_for_training
 from llm_at_home.data.texts import load_texts
 from llm_at_home.errors import Refusal
 from llm_at_home.pruning import base, checkpoint, walk
@@ -17,7 +18,8 @@ from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization.base import describe_kernel
 from llm_at_home.quantization.layers import linear_layers
 from llm_at_home.records import hashing, store
-from llm_at_home.tasks import resolve
+from llm_at_home.records.schema import Record
+from llm_at_home.tasks import evaluate, resolve
 
 from .conftest import FEW, LAYERS, resolved
 
@@ -105,50 +107,74 @@ def test_quantizing_a_pruned_base_keeps_its_zeros(small_model, quant):
 DENSE = {"name": "none", "method": "dense", "bits": None}
 
 
-def test_training_an_adapter_leaves_the_zeros_of_its_base(command, small_model, tmp_path):
-    share = ["prune.sparsity=0.6"]
-    words = ["model=custom", f"model.source={small_model}", "prune=wanda", *share, *FEW, "limit=8"]
-    words += ["adapter.r=4", "trainer.max_steps=2", "callbacks.accumulation.steps=1", "optimizer.lr=1e-2"]
+def test_training_an_adapter_leaves_the_zeros_of_its_base(small_model):
+    config = resolved("train", small_model, "prune=wanda", *FEW, "adapter.r=4")
+    model = prepare_for_training(base.load_base(config), config["adapter"])
+    before = {name: weight.clone() for name, weight in weights(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1, "it trains"
+    assert len(before) == LAYERS
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, before[name]), name
+        assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-4), name
+    assert all(share < 0.01 for share in checkpoint.sparsity_by_layer(merged(model)).values()), "merging fills them"
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on_or_not_at_all(small_model, tmp_path):
+    """What a training run leaves, and the merging of it; the command itself is among the slow tests."""
+    trained = resolved("train", small_model, "prune=wanda", *FEW)
+    store.save(Record("train", config=trained), tmp_path / "run")
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    words = [f"adapter_path={tmp_path}/run", f"out={tmp_path}/out"]
+    for other in (["prune=none"], ["prune=wanda", "prune.sparsity=0.25"], ["prune=magnitude"]):
+        with pytest.raises(Refusal, match="trained on prune=wanda 50 %: merge with the prune= of its training"):
+            resolved("merge", small_model, *words, *other)
+    assert resolved("merge", small_model, *words, "prune=wanda")
+
+
+@pytest.mark.slow
+def test_a_pruned_base_is_made_trained_on_and_merged_into_by_the_commands(command, small_model, tmp_path):
+    base_words = ["model=custom", f"model.source={small_model}", "prune=wanda", "prune.sparsity=0.6", *FEW]
     run = tmp_path / "run"
-    done = command("train.py", *words, f"hydra.run.dir={run}", model=False)
+    words = ["adapter.r=4", "trainer.max_steps=2", "callbacks.accumulation.steps=1", "optimizer.lr=1e-2", "limit=8"]
+    done = command("train.py", *base_words, *words, f"hydra.run.dir={run}", model=False)
     assert done.returncode == 0, done.stderr
     record, making = store.load(run), store.load(run / "making")
     assert (making.task, making.status) == ("prune", "ok")
-    assert making.readings["pruning_time"].value > 0
-    assert record.readings["sparsity"].value == pytest.approx(0.6, abs=0.01)
-    assert record.provenance["pruning"]["calibration"]["texts"] == 4
-    assert len(record.provenance["pruning"]["sparsity"]) == LAYERS
-    config = resolved("evaluate", small_model, "task=text", "prune=wanda", *share, *FEW, f"adapter_path={run}")
-    from llm_at_home.adapters.attach import attach_saved, merged
-
-    model = attach_saved(base.load_base(config), config["adapter_path"])
-    update = [p for name, p in model.named_parameters() if "lora_B" in name]
-    assert all(float(p.detach().abs().max()) > 0 for p in update), "it trained"
-    for name, weight in weights(model).items():
-        assert float((weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01), name
-    assert all(float((w == 0).float().mean()) < 0.01 for w in weights(merged(model)).values()), "merging fills them"
-
-    words = ["model=custom", f"model.source={small_model}", f"adapter_path={run}", f"out={tmp_path}/out"]
-    refused = command("src/llm_at_home/tasks/merge.py", *words, model=False)
-    assert refused.returncode == 2
-    assert "trained on prune=wanda 60 %: merge with the prune= of its training" in refused.stderr
-    words += ["prune=wanda", *share, *FEW, f"hydra.run.dir={tmp_path}/merge"]
-    done = command("src/llm_at_home/tasks/merge.py", *words, model=False)
+    assert any("kept in" in note for note in making.notes)
+    for one in (record, making):
+        assert one.readings["sparsity"].value == pytest.approx(0.6, abs=0.01)
+        assert one.readings["pruning_time"].value > 0
+        assert one.provenance["pruning"]["calibration"]["texts"] == 4
+        assert len(one.provenance["pruning"]["sparsity"]) == LAYERS
+    words = [f"adapter_path={run}", f"out={tmp_path}/out", f"hydra.run.dir={tmp_path}/merge"]
+    done = command("src/llm_at_home/tasks/merge.py", *base_words, *words, model=False)
     assert done.returncode == 0, done.stderr
     record = store.load(tmp_path / "merge")
+    assert record.readings["sparsity"].value == pytest.approx(0.6, abs=0.01)
     assert record.readings["sparsity_merged"].value < 0.01
     assert any("dense again" in note for note in record.notes)
-
-
-def test_fidelity_is_against_the_model_before_it_was_pruned(command, small_model, tmp_path):
-    words = ["model=custom", f"model.source={small_model}", "task=fidelity", "limit=2", "fidelity.answer_tokens=0"]
-    words += ["prune=magnitude", "prune.sparsity=0.9", f"hydra.run.dir={tmp_path}/run"]
-    done = command("evaluate.py", *words, model=False)
+    words = ["task=fidelity", "limit=2", "fidelity.answer_tokens=0", f"hydra.run.dir={tmp_path}/fidelity"]
+    done = command("evaluate.py", *base_words, *words, model=False)
     assert done.returncode == 0, done.stderr
-    record = store.load(tmp_path / "run")
+    assert store.load(tmp_path / "fidelity").readings["sparsity"].value == pytest.approx(0.6, abs=0.01)
+
+
+def test_fidelity_is_against_the_model_before_it_was_pruned(small_model, tmp_path):
+    words = ["task=fidelity", "limit=2", "fidelity.answer_tokens=0", "prune=magnitude", "prune.sparsity=0.9"]
+    config = resolved("evaluate", small_model, *words)
+    record = Record("evaluate", config=config)
+    evaluate.run(config, tmp_path, record, None)
     assert record.quality["kl_divergence_mean"].value > 1e-5, "random weights say little, and float noise is below"
     assert 0 < record.quality["top1_agreement"].value < 1
-    assert record.readings["sparsity"].value == pytest.approx(0.9, abs=1e-3)
+    assert base.readings(config)["sparsity"].value == pytest.approx(0.9, abs=1e-3)
 
 
 def conversations(path, text):
