@@ -95,7 +95,9 @@ def _statistics(
             if args[0] is latest[0]:
                 found[name] = found[latest[1]]
                 return
-            found.setdefault(name, kind(module.in_features, device)).add(args[0].reshape(-1, module.in_features))
+            if name not in found:
+                found[name] = kind(module.in_features, device)
+            found[name].add(args[0].reshape(-1, module.in_features))
             latest = (args[0], name)
 
         return hook

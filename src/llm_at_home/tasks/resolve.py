@@ -173,6 +173,7 @@ def _check_memory(config: Mapping[str, Any]) -> None:
 
 
 def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
+    before = {"prune": {"name": "none"}, **before}  # of a run of before there was any
     for group in ("model", "quant", "prune", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
         if config[group] != before.get(group):
             raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
