@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llm_at_home.adapters.attach import merged, prepare_for_training
 from llm_at_home.data.texts import load_texts
 from llm_at_home.errors import Refusal
+from llm_at_home.models.embedded import ensure_converted
 from llm_at_home.pruning import base, checkpoint, walk
 from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization.base import describe_kernel
@@ -262,8 +263,12 @@ def test_other_architectures_are_refused(small_model, tmp_path):
     folder = shutil.copytree(small_model, tmp_path / "other")
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**shape, "model_type": "mixtral"}))
-    with pytest.raises(Refusal, match="knows no decoder layers of mixtral"):
+    with pytest.raises(Refusal, match="layers of mixtral are not known"):
         resolved("infer", folder, "prune=magnitude")
+    config = resolved("infer", small_model, "prune=magnitude")
+    config["model"]["source"] = str(folder)  # as a model of the hub, whose kind is known only once it is there
+    with pytest.raises(Refusal, match="layers of mixtral are not known"):
+        base.load_base(config)
 
 
 def test_layers_with_masks_of_their_own_are_refused():
@@ -293,6 +298,14 @@ def test_weights_that_are_no_numbers_stop_the_making_and_leave_nothing(small_mod
     for words in (["prune=wanda", *FEW], ["prune=sparsegpt", *FEW]):
         with pytest.raises(RuntimeError, match=r"not finite"):
             base.load_base(resolved("infer", folder, *words))
+
+
+def test_the_embedded_model_has_next_to_no_zeros_of_its_own():
+    """Its weights lay on 4-bit grids, and such a grid need not have a zero: docs/pruning.md says what follows."""
+    tensors = load_file(ensure_converted() / "model.safetensors")
+    linear = [tensor for name, tensor in tensors.items() if "proj" in name]
+    assert sum(tensor.numel() for tensor in linear) == 106_168_320
+    assert sum(int((tensor == 0).sum()) for tensor in linear) == 33_483
 
 
 def test_random_weights_are_pruned_while_they_are_made(small_model):

@@ -67,10 +67,7 @@ def check(config: Mapping[str, Any]) -> None:
             f"prune.pattern={prune['pattern']} does not divide {model['name']}'s layers of {odd[0]} inputs: use "
             "prune.pattern=unstructured"
         )
-    kind = source.model_type(model)
-    if kind is not None and kind not in source.PLAIN_DECODERS:
-        known = ", ".join(source.PLAIN_DECODERS)
-        raise Refusal(f"prune={prune['name']} knows no decoder layers of {kind}: use prune=none, or one of {known}")
+    checkpoint.check_architecture(source.model_type(model))
     if source.quantized_as(model):
         raise Refusal(
             f"{model['source']} is quantized, and dense weights are pruned: use prune=none, or the dense model"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_config, load_tokenizer, load_weights
 from llm_at_home.quantization.calibration import calibration_hash, calibration_texts
@@ -70,13 +71,28 @@ def made(config: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
+def check_architecture(kind: str | None) -> None:
+    """Refuse decoders whose linear weights may be kept elsewhere than in their layers' linear modules, as experts' are.
+
+    Args:
+        kind: the architecture's name, as transformers has it; None where it is not known yet.
+
+    Raises:
+        Refusal: naming those that can be pruned.
+    """
+    if kind is not None and kind not in source.PLAIN_DECODERS:
+        known = ", ".join(source.PLAIN_DECODERS)
+        raise Refusal(f"the decoder layers of {kind} are not known to pruning: use prune=none, or one of {known}")
+
+
 def ensure(config: Mapping[str, Any]) -> Path:
     """The folder of the checkpoint, made now if it is not in the cache.
 
     Raises:
         Refusal: for a model that cannot be pruned by this method.
     """
-    load_config(config["model"])  # which fetches what identifies a model of the hub
+    # Loading it also fetches what identifies a model of the hub.
+    check_architecture(load_config(config["model"]).model_type)
     if not is_there(config):
         print(f"pruning {config['model']['name']} by {config['prune']['name']}, once", file=sys.stderr)
     return cached(KIND, key(config), lambda folder: _make(config, folder))
