@@ -4,7 +4,7 @@ PY := .venv/bin/python
 DEMO ?= multirun/demo
 STUDY ?= multirun/study
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize merge test test-slow lint format report readme ui rate study clean
+.PHONY: help setup demo quantize prune merge test test-slow lint format report readme ui rate study clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ demo: setup ## quantized inference, fine-tuning, evaluation and report on the em
 
 quantize: setup ## make a quantized checkpoint ahead of its use: make quantize ARGS="quant=gptq quant.bits=3"
 	$(PY) -m llm_at_home.tasks.quantize $(ARGS)
+
+prune: setup ## make a pruned checkpoint ahead of its use: make prune ARGS="prune=wanda prune.pattern=2:4"
+	$(PY) -m llm_at_home.tasks.prune $(ARGS)
 
 merge: setup ## merge an adapter into its base: make merge ARGS="adapter_path=RUN_FOLDER out=my-model gguf=Q8_0"
 	$(PY) -m llm_at_home.tasks.merge $(ARGS)

@@ -49,7 +49,13 @@ def run_row(name: str, command: Sequence[str], out: Path, headline: Sequence[str
     return f"{name}: {record.status} in {seconds:.0f} s  {shown}{'  ' + error if error else ''}"
 
 
-def run_rows(rows: Iterable[tuple[str, Sequence[str]]], out: Path, minutes: float, headline: Sequence[str]) -> int:
+def run_rows(
+    rows: Iterable[tuple[str, Sequence[str]]],
+    out: Path,
+    minutes: float,
+    headline: Sequence[str],
+    keep: Sequence[str] = (),
+) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record.
 
     Args:
@@ -57,6 +63,7 @@ def run_rows(rows: Iterable[tuple[str, Sequence[str]]], out: Path, minutes: floa
         out: where rows are kept.
         minutes: no row is started after so many.
         headline: the figures to show.
+        keep: further files of each run folder that are kept.
     """
     deadline = time.monotonic() + minutes * 60
     failed = False
@@ -67,7 +74,7 @@ def run_rows(rows: Iterable[tuple[str, Sequence[str]]], out: Path, minutes: floa
         if time.monotonic() > deadline:
             print(f"{minutes:g} minutes are up: the same command goes on with {name}")
             break
-        print(run_row(name, command, out, headline), flush=True)
+        print(run_row(name, command, out, headline, keep), flush=True)
         failed |= status(out / name) not in DONE
     return int(failed)
 

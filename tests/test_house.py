@@ -24,13 +24,14 @@ FLOORS = {
     "data": 3,
     "models": 4,
     "quantization": 5,
-    "adapters": 6,
-    "training": 7,
-    "generation": 7,
-    "evaluation": 8,
-    "human": 8,
-    "reporting": 9,
-    "tasks": 10,
+    "pruning": 6,
+    "adapters": 7,
+    "training": 8,
+    "generation": 8,
+    "evaluation": 9,
+    "human": 9,
+    "reporting": 10,
+    "tasks": 11,
 }
 
 

@@ -13,7 +13,7 @@ from llm_at_home.adapters.attach import OWN_KEYS, rank_schedule
 from llm_at_home.tasks import resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMMANDS = ("train", "infer", "evaluate", "quantize", "merge")
+COMMANDS = ("train", "infer", "evaluate", "quantize", "prune", "merge")
 NO_GROUP = ("hydra",)
 # Each experiment and its command.
 EXPERIMENTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_at_home.records.schema import Reading
-from llm_at_home.reporting import published, tables
+from llm_at_home.reporting import facts, published, tables
 from llm_at_home.reporting.load import load
 
 
@@ -29,6 +29,16 @@ def test_a_run_finds_its_row_by_quantization_and_dtype(make) -> None:
     assert name(quant="none", dtype="float32") == "no quantization"
     assert name(quant="none", dtype="bfloat16") is None
     assert name(quant="int8") is None
+
+
+def test_a_pruned_run_is_named_and_is_no_row_of_the_paper_s(make) -> None:
+    wanda = {"name": "wanda", "sparsity": 0.5, "pattern": "unstructured", "kernel": "dense"}
+    record = make.infer(quant="nf4", dtype="bfloat16")
+    record.config["prune"] = {"name": "none"}
+    assert published.counterpart(record) is not None
+    record.config["prune"] = wanda
+    assert published.counterpart(record) is None
+    assert facts.quant_words(record)[-1] == "wanda 50 %"
 
 
 def test_energy_and_time_are_scaled_from_the_sample_and_say_so(make, save, runs) -> None:

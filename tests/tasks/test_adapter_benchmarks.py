@@ -38,6 +38,7 @@ def script(name: str) -> ModuleType:
         ("train_serve", "two_core_cpu/train_serve", "adapters.md"),
         ("handbook", "two_core_cpu/handbook", "adapters.md"),
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
+        ("pruning", "two_core_cpu/pruning", "pruning.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
@@ -65,6 +66,20 @@ def test_every_row_of_table_3_and_every_adapter_of_the_handbook_composes():
         assert refusal("train", ["experiment=table3", *words]) is None
     for words, rates in handbook.ADAPTERS.values():
         assert refusal("train", ["experiment=handbook", *words, f"optimizer.lr={rates[0]}", *handbook.TRIAL]) is None
+
+
+def test_every_row_of_pruning_composes_those_of_speed_on_a_gpu(monkeypatch):
+    pruning = script("pruning")
+
+    def own(command):  # what is not given anyway
+        return [word for word in command[1:] if word not in ("logger=none", "gpu=cuda")]
+
+    for words in pruning.QUALITY.values():
+        assert refusal("evaluate", [*own(pruning.FIDELITY), *words]) is None
+    card = {"device": "cuda", "card": "H100", "emulated": False, "compute_capability": "9.0"}
+    monkeypatch.setattr(resolve, "resolve_device", lambda gpu: {**gpu, **card})
+    for words in pruning.SPEED.values():
+        assert refusal("infer", [*own(pruning.INFER), *words]) is None
 
 
 def test_a_training_run_finds_its_row_of_the_paper_and_is_scaled_to_its_steps():

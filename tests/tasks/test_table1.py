@@ -62,7 +62,7 @@ def test_finished_rows_and_those_out_of_memory_are_not_run_again(table1, main, t
     store.save(record("fp4", 1, "failed"), tmp_path / "fp4_b1")
     ran = []
 
-    def run_row(name, words, out, headline):
+    def run_row(name, words, out, headline, keep):
         ran.append((name, words))
         store.save(record("x", 1), out / name)
         return name

@@ -93,13 +93,16 @@ def resolve_dtype(dtype: str, gpu: Mapping[str, Any] | str) -> str:
     return dtype
 
 
-def check_kernel(gpu: Mapping[str, Any], needs: tuple[int, int], what: str) -> None:
+def check_kernel(
+    gpu: Mapping[str, Any], needs: tuple[int, int], what: str, instead: str = "choose another quant or gpu"
+) -> None:
     """Refuse a kernel that the chosen card, or the one that stands in for it, does not have. The CPU is not checked.
 
     Args:
         gpu: the group as :func:`resolve_device` returns it.
         needs: the lowest compute capability that has the kernel.
         what: the kernel or method, for the message.
+        instead: what to change, for the message.
 
     Raises:
         Refusal: naming the card and what is needed.
@@ -108,7 +111,7 @@ def check_kernel(gpu: Mapping[str, Any], needs: tuple[int, int], what: str) -> N
         return
     lacking = _lacking(gpu, needs)
     if lacking:
-        raise Refusal(f"{lacking} cannot run {what}, which needs {needs[0]}.{needs[1]}: choose another quant or gpu")
+        raise Refusal(f"{lacking} cannot run {what}, which needs {needs[0]}.{needs[1]}: {instead}")
 
 
 def _lacking(gpu: Mapping[str, Any], needs: tuple[int, int]) -> str:

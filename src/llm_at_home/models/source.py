@@ -134,6 +134,14 @@ def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], froze
     return frozenset({stream, inner, heads * head}), frozenset({stream, inner, heads * head, values})
 
 
+def model_type(model: Mapping[str, Any]) -> str | None:
+    """The architecture's name, as transformers has it, as far as it can be told without loading; else None."""
+    if model["weights"] == "random" and model["architecture"]:
+        return str(model["architecture"]["model_type"])
+    shape = EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
+    return str(shape["model_type"]) if shape.get("model_type") else None
+
+
 def check_group_size(model: Mapping[str, Any], size: int) -> None:
     """Refuse a group size that leaves a remainder in one of the model's layers.
 

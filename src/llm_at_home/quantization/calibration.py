@@ -1,4 +1,4 @@
-"""The text that a quantizer may look at, and the refusal to look at what is evaluated afterwards."""
+"""The text that a quantizer or pruner may look at, and the refusal to look at what is evaluated afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED_WORDS = 13
 
 
 def calibration_texts(options: Mapping[str, Any], seed: int = 0) -> list[str]:
-    """The calibration texts that ``quant.calibration`` names.
+    """The calibration texts that ``quant.calibration`` or ``prune.calibration`` names.
 
     Args:
         options: ``source`` is ``texts`` (48 passages that ship with the package) or a data set (``handbook``,
@@ -69,15 +69,20 @@ def evaluated_texts(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def refuse_overlap(options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def refuse_overlap(options: Mapping[str, Any], config: Mapping[str, Any], group: str = "quant") -> None:
     """Refuse calibration on text that is measured on: the figure would flatter the method.
+
+    Args:
+        options: the calibration.
+        config: resolved.
+        group: whose calibration it is, for the message.
 
     Raises:
         Refusal: quoting the first thirteen words that both have.
     """
     shared = shared_words(calibration_texts(options, config["seed"]), evaluated_texts(config))
     if shared:
-        hint = "use quant.calibration.source=texts"
+        hint = f"use {group}.calibration.source=texts"
         raise Refusal(f'calibration text is also evaluated ("{shared}"): {hint}, or evaluate on something else')
 
 

@@ -23,12 +23,14 @@ def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def kind(module: Any) -> str:
-    """The class of a linear layer; torchao keeps the layer's class and replaces its weight's, which is then named."""
+    """The class of a linear layer, and its weight's where that was replaced, as torchao and 2:4 sparsity do."""
     weight = getattr(module, "weight", None)
     name = type(module).__name__
     if name == "Linear" and type(weight).__module__.startswith("torchao."):
         rounds_activations = getattr(weight, "act_quant_kwargs", None) is not None
         return f"Linear[{type(weight).__name__}{', dynamic activations' if rounds_activations else ''}]"
+    if name == "Linear" and type(weight).__module__ == "torch.sparse.semi_structured":
+        return f"Linear[{type(weight).__name__}]"
     return name
 
 

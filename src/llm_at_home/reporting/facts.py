@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import PurePath
 from typing import Any
 
+from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization import naming
 from llm_at_home.records.schema import Record
 
@@ -51,9 +52,15 @@ def quant(record: Record) -> str:
 
 
 def quant_words(record: Record) -> tuple[str, ...]:
-    """The name of the quantization, then what tells it from others of its name: bits, group size, scheme, type."""
+    """The name of the quantization, then what tells it from others of its name: bits, group size, type, pruning."""
     group = at(about(record), "quant")
-    return (quant(record), *(map(clean, naming.quant_words(group)[1:]) if isinstance(group, dict) else ()))
+    words = naming.quant_words(group)[1:] if isinstance(group, dict) else []
+    return (quant(record), *map(clean, words), *pruning(record))
+
+
+def pruning(record: Record) -> tuple[str, ...]:
+    """How the base was pruned, in a few words, or nothing."""
+    return tuple(map(clean, prune_words(at(about(record), "prune"))))
 
 
 def has_random_weights(record: Record) -> bool:

@@ -53,6 +53,8 @@ def finetuning_counterpart(record: Record) -> dict[str, Any] | None:
 
 
 def _alike(record: Record, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if facts.pruning(record):
+        return None  # nothing was pruned in the paper
     dtype = facts.name_at(record.config, "dtype")
     alike = (row for row in rows if row["quant"] == facts.quant(record))
     return next((row for row in alike if row["dtype"] in (None, dtype)), None)

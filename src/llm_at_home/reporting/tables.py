@@ -288,7 +288,7 @@ def _is_bare(record: Record) -> bool:
 def _same_model(record: Record) -> tuple[object, ...]:
     # The whole groups: a name is shared by quantizations of other bits, and by models with and without weights.
     groups = [facts.at(record.config, key) for key in ("model", "quant", "dtype")]
-    return (*groups, facts.device(record))
+    return (*groups, facts.pruning(record), facts.device(record))
 
 
 def _by_divergence(row: Row) -> tuple[str, float]:

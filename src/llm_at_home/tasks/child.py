@@ -22,6 +22,7 @@ from typing import Any
 
 from llm_at_home.errors import Interrupted, Refusal
 from llm_at_home.hardware import condition, emulation
+from llm_at_home.pruning import base as pruning
 from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
@@ -63,7 +64,8 @@ def _run(job: dict[str, Any], folder: Path) -> int:
         _fail(record, "out_of_memory" if _is_out_of_memory(error) else "failed", error)
     if config["gpu"]["device"] == "cuda":
         record.provenance["gpu_after"] = condition.snapshot()
-    finished = resolve.ingredients(task, config)
+    finished = resolve.ingredients(task, config) | pruning.provenance(config)
+    record.readings |= pruning.readings(config)
     record.provenance |= {
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
@@ -102,9 +104,9 @@ def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
     logger = record.config["logger"]
     if logger["name"] == "none":
         return None
-    groups = [key for key in ("model", "quant", "adapter", "gpu") if key in record.config]
+    groups = [key for key in ("model", "quant", "prune", "adapter", "gpu") if key in record.config]
     tags: dict[str, str] = {"task": record.task, **{key: _name(record.config[key]) for key in groups}}
-    words = [tags[key] for key in ("task", "model", "quant", "adapter") if tags.get(key, "none") != "none"]
+    words = [tags[key] for key in ("task", "model", "quant", "prune", "adapter") if tags.get(key, "none") != "none"]
     tracker = Tracker(logger["tracking_uri"], logger["experiment"], " ".join(words), sweep)
     tracker.open(record.config, tags)
     return tracker

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_at_home.pruning.naming import prune_words
 from llm_at_home.records import store
 from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Record
@@ -81,6 +82,9 @@ def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
         trained_on = record.subject["config"]["quant"]["name"] if record.subject else config["quant"]["name"]
         if trained_on != config["quant"]["name"]:
             record.notes.append(f"trained on quant={trained_on}, evaluated on quant={config['quant']['name']}")
+        bases = [_prune_words(one) for one in (record.subject["config"] if record.subject else config, config)]
+        if bases[0] != bases[1]:
+            record.notes.append(f"trained on prune={bases[0]}, evaluated on prune={bases[1]}")
     loaded = load_group(config["data"], "test", config["limit"], config["seed"])
     asked = text.ask(config, loaded.conversations)
     engine = load_engine(config)
@@ -110,7 +114,8 @@ def _fidelity(config: Mapping[str, Any], folder: Path, record: Record) -> None:
     from llm_at_home.evaluation.fidelity.baseline import Baseline
     from llm_at_home.evaluation.fidelity.predictions import score
     from llm_at_home.models.loading import load_tokenizer
-    from llm_at_home.quantization.base import describe_kernel, load_base, method_of
+    from llm_at_home.pruning.base import load_base
+    from llm_at_home.quantization.base import describe_kernel, method_of
     from llm_at_home.quantization.size import size_readings
 
     options = config["fidelity"]
@@ -157,6 +162,10 @@ def _training_run(adapter_path: str) -> dict[str, Any] | None:
         except Refusal:
             continue
     return None
+
+
+def _prune_words(config: Mapping[str, Any]) -> str:
+    return ", ".join(prune_words(config.get("prune"))) or "none"
 
 
 def _conversation(question: Any) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_at_home.pruning.naming import prune_words
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import logs
@@ -91,7 +92,8 @@ def load_engine(config: Mapping[str, Any]) -> Any:
 
     from llm_at_home.adapters.attach import attach_saved
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
-    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.pruning.base import load_base
+    from llm_at_home.quantization.base import describe_kernel
     from llm_at_home.quantization.size import size_readings
 
     options = {key: value for key, value in config["engine"].items() if key != "name"}
@@ -123,7 +125,7 @@ def _turns(config: Mapping[str, Any], engine: Any) -> QuestionTurns | RandomTurn
         limit=config["limit"],
         references=options["references"] or "gpt-4",
     )
-    words = [config["model"]["name"], config["quant"]["name"]]
+    words = [config["model"]["name"], config["quant"]["name"], *prune_words(config["prune"])]
     if config["adapter_path"]:
         words.append(Path(config["adapter_path"]).name)
     return QuestionTurns(questions, "-".join(words), config["seed"], engine.batch_size)

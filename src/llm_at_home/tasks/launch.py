@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.errors import Refusal
+from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store
 from llm_at_home.records.schema import Reading, Record
@@ -105,13 +106,15 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
             store.write_json(folder / store.POINTER, {"folder": str(finished)})
         print(f"skipped: finished in {_short(finished)} (rerun=true runs it again)")
         return "skipped", store.load(finished)
-    if task != "quantize" and base.needs_making(config):
+    lacking = _lacking(task, config)
+    if lacking is not None:
         # In a process of its own, so that neither its time nor its memory counts as the job's.
-        status, making = _run_or_skip("quantize", resolve.making(config), folder / MAKING, parent=None)
+        maker, what, own = lacking
+        status, making = _run_or_skip(maker, own, folder / MAKING, parent=None)
         if status != "ok":
             record = Record(task, status, config, digest, provenance=provenance.collect({"seed": config["seed"]}))
             why = (making.error or {}).get("message", status) if making else status
-            record.error = {"type": "NotMade", "message": f"its quantized checkpoint could not be made: {why}"}
+            record.error = {"type": "NotMade", "message": f"its {what} checkpoint could not be made: {why}"}
             store.save(record, folder)
             return status, record
     if (folder / store.RECORD).is_file():
@@ -129,6 +132,15 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
         store.mark_finished(record, folder, root)
     print(sweep.headline(record, _short(folder)))
     return record.status, record
+
+
+def _lacking(task: str, config: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
+    """Command, kind and configuration of the making of what this job needs and the cache lacks."""
+    if task != "prune" and pruning.needs_making(config):
+        return "prune", "pruned", resolve.pruning_of(config)
+    if task != "quantize" and base.needs_making(config):
+        return "quantize", "quantized", resolve.making(config)
+    return None
 
 
 def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path, ending: Ending) -> Record:

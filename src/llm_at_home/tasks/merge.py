@@ -23,7 +23,8 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     Args:
         config: a resolved configuration of ``conf/merge.yaml``.
         folder: the run folder; the model goes to ``config["out"]``.
-        record: ``quality`` gets ``logit_difference``, relative.
+        record: ``quality`` gets ``logit_difference``, relative; ``readings`` gets ``sparsity_merged`` where the base
+            is pruned: what the update leaves of its zeros.
         tracker: MLflow, or None.
 
     Raises:
@@ -32,7 +33,8 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     from llm_at_home.adapters.attach import attach_saved, merged
     from llm_at_home.adapters.start import probe_logits
     from llm_at_home.models.loading import load_tokenizer
-    from llm_at_home.quantization.base import load_base
+    from llm_at_home.pruning.base import is_pruned, load_base
+    from llm_at_home.pruning.checkpoint import sparsity_by_layer
 
     tokenizer = load_tokenizer(config["model"])
     ids = tokenizer(PROBE)["input_ids"]
@@ -42,6 +44,11 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     after = probe_logits(whole, ids)
     difference = float((after - before).norm() / before.norm())
     record.quality["logit_difference"] = Reading(difference, "1", "relative_logit_difference", n=len(before))
+    if is_pruned(config):
+        left = list(sparsity_by_layer(whole).values())
+        share = sum(left) / len(left)
+        record.readings["sparsity_merged"] = Reading(share, "1", "mean_of_layers/zeros_counted", n=len(left))
+        record.notes.append(f"dense again: the update fills the zeros, and {share:.1%} of the weights are zero")
     _write(config, whole, tokenizer)
     record.notes.append(f"written to {config['out']}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +20,16 @@ from llm_at_home.errors import Refusal
 from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
+from llm_at_home.pruning import base as pruning
+from llm_at_home.pruning import checkpoint as pruned
+from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
 UNUSED = {
-    "judge": ("model", "quant", "data", "engine", "dtype", "adapter_path", "text", "fidelity"),
+    "judge": ("model", "quant", "prune", "data", "engine", "dtype", "adapter_path", "text", "fidelity"),
     "text": ("judge", "answers", "baseline", "fidelity"),
     "fidelity": ("judge", "answers", "baseline", "data", "engine", "text", "adapter_path"),
 }
@@ -38,7 +42,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     """The configuration as plain values: interpolations resolved, ``auto`` decided, names made true.
 
     Args:
-        task: ``train``, ``infer`` or ``evaluate``.
+        task: ``train``, ``infer``, ``evaluate``, ``quantize``, ``prune`` or ``merge``.
         composed: what Hydra composed.
         overrides: the command line's overrides, to see what the user named.
 
@@ -61,7 +65,9 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     if "model" in config:
         named = {override.lstrip("+").split("=")[0] for override in overrides}
         _name_model(config["model"], named)
-        base.complete(config, named)
+        if "quant" in config:
+            base.complete(config, named)
+        pruning.complete(config, named)
     if "questions" in config and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
@@ -109,12 +115,15 @@ def check(task: str, config: Mapping[str, Any]) -> None:
         adapter_folder(config["adapter_path"])
     if "model" in config:
         source.check(config["model"])
-        base.check(config)
+        if "quant" in config:
+            base.check(config)
+        pruning.check(config)
     checks = {
         "train": _check_train,
         "infer": _check_infer,
         "evaluate": _check_evaluate,
         "quantize": _check_quantize,
+        "prune": _check_prune,
         "merge": _check_merge,
     }
     checks[task](config)
@@ -164,7 +173,8 @@ def _check_memory(config: Mapping[str, Any]) -> None:
 
 
 def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
-    for group in ("model", "quant", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
+    before = {"prune": {"name": "none"}, **before}  # of a run of before there was any
+    for group in ("model", "quant", "prune", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
         if config[group] != before.get(group):
             raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
     steps = [c.get("callbacks", {}).get("accumulation", {}).get("steps") for c in (config, before)]
@@ -200,6 +210,13 @@ def _check_quantize(config: Mapping[str, Any]) -> None:
         raise Refusal("model.source is quantized already: there is nothing to make")
 
 
+def _check_prune(config: Mapping[str, Any]) -> None:
+    if not pruning.is_pruned(config):
+        raise Refusal("prune=none prunes nothing: choose prune=magnitude, wanda or sparsegpt")
+    if config["model"]["weights"] == "random":
+        raise Refusal("random weights are pruned while they load: use model.weights=pretrained")
+
+
 def _check_merge(config: Mapping[str, Any]) -> None:
     """What merging rounds away, or cannot write, is refused."""
     if config["quant"]["method"] != "dense":
@@ -209,10 +226,22 @@ def _check_merge(config: Mapping[str, Any]) -> None:
         )
     if config["model"]["weights"] == "random":
         raise Refusal("random weights have nothing to be merged with: use model.weights=pretrained")
+    trained_on = _training_config(config["adapter_path"]).get("prune", config["prune"])
+    if pruned.settings(trained_on) != pruned.settings(config["prune"]):
+        hint = "merge with the prune= of its training; the merged weights are dense again"
+        raise Refusal(f"the adapter was trained on prune={', '.join(prune_words(trained_on)) or 'none'}: {hint}")
     if Path(config["out"]).exists():
         raise Refusal(f"out={config['out']} exists: give a folder that does not")
     if config["gguf"] and config["gguf"] not in WRITTEN:
         raise Refusal(f"gguf={config['gguf']} is not written by Python: choose one of {', '.join(WRITTEN)}")
+
+
+def _training_config(adapter_path: str) -> Mapping[str, Any]:
+    """The configuration of the training run that an adapter comes from; empty where its folder is no run's."""
+    for folder in (Path(adapter_path), Path(adapter_path).parent):
+        with contextlib.suppress(Refusal):
+            return store.load(folder).config
+    return {}
 
 
 def _check_synthetic(config: Mapping[str, Any], group: str) -> None:
@@ -250,6 +279,13 @@ def making(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in shared} | own
 
 
+def pruning_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of ``python -m llm_at_home.tasks.prune`` that makes what this one needs."""
+    shared = ("model", "prune", "gpu", "dtype", "seed", "limit", "timeout_s", "grace_s", "strict", "paths")
+    own = {"rerun": True, "metric": None, "logger": {"name": "none"}}
+    return {key: config[key] for key in shared} | own
+
+
 def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Content hashes of what the configuration names by path or name, package versions, and the GPU.
 
@@ -261,6 +297,8 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
         found["model"] = source.identity(config["model"])
     if config.get("quant", {}).get("path"):
         found["quant"] = source.identity({**config["model"], "source": config["quant"]["path"]})
+    if pruning.is_pruned(config) and "model" in config:
+        found["pruning"] = {"version": pruned.VERSION, "calibration": pruned.calibration(config)}
     data = config.get("data")
     if data and data["source"] != SYNTHETIC:
         found["data"] = data_hash(data["source"], path=data["path"], test_path=data["test_path"])

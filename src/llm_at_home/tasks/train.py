@@ -41,7 +41,8 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.adapters.start import check_start, probe_logits
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
-    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.pruning.base import load_base
+    from llm_at_home.quantization.base import describe_kernel
     from llm_at_home.training.activations import checkpoint_layers
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory

@@ -14,6 +14,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.evaluation.fidelity import HELD_OUT, OWN_ANSWERS, ROWS, SUFFIXES
 from llm_at_home.evaluation.fidelity.figures import FIGURES, Sums
 from llm_at_home.evaluation.statistics import bootstrap_draws, interval95, smallest_detectable
+from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization.naming import quant_words
 from llm_at_home.records import store
 from llm_at_home.records.jsonl import read_jsonl
@@ -60,8 +61,8 @@ def sets_of(record: Record) -> dict[str, dict[str, str]]:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """A quantization in a few words: bits and group size where its name alone does not tell them."""
-    words = quant_words(config["quant"])
+    """Quantization and pruning in a few words: bits and group size where the name alone does not tell them."""
+    words = [*quant_words(config["quant"]), *prune_words(config.get("prune"))]
     if config["quant"]["name"] == "none" or config["dtype"] != config["fidelity"]["baseline_dtype"]:
         words.append(config["dtype"])
     return ", ".join(words)
@@ -115,6 +116,7 @@ def compare(a: Run, b: Run) -> list[Difference]:
 def is_control(a: Record, b: Record) -> bool:
     """Whether two runs are the same but for the seed of the baseline's answers."""
     same = all(a.config.get(key) == b.config.get(key) for key in SAME_BUT_FOR_THE_DRAW)
+    same &= prune_words(a.config.get("prune")) == prune_words(b.config.get("prune"))
     seeds = [record.config["fidelity"].get("answers_seed") for record in (a, b)]
     return same and seeds[0] != seeds[1]
 
