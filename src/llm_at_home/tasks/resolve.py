@@ -22,6 +22,7 @@ from llm_at_home.models import source
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
+from llm_at_home.training.accumulation_schedule import accumulation_schedule
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
 UNUSED = {
@@ -123,6 +124,7 @@ def check(task: str, config: Mapping[str, Any]) -> None:
 def _check_train(config: Mapping[str, Any]) -> None:
     _check_synthetic(config, "data")
     compatibility.check(config)
+    accumulation_schedule(_accumulation(config))
     _check_memory(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
@@ -167,9 +169,13 @@ def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: st
     for group in ("model", "quant", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
         if config[group] != before.get(group):
             raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
-    steps = [c.get("callbacks", {}).get("accumulation", {}).get("steps") for c in (config, before)]
-    if steps[0] != steps[1]:
+    steps = [_accumulation(c) for c in (config, before)]
+    if accumulation_schedule(steps[0]) != accumulation_schedule(steps[1]):
         raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
+
+
+def _accumulation(config: Mapping[str, Any]) -> Any:
+    return ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)
 
 
 def _check_infer(config: Mapping[str, Any]) -> None:

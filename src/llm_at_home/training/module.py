@@ -91,24 +91,44 @@ class CausalLMModule(LightningModule):
         # Prompt methods put tokens of their own before the conversation's.
         return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
 
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, without its division by ``accumulate_grad_batches``, which is no number of micro-batches."""
+        super().backward(loss * self.trainer.accumulate_grad_batches, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled).
 
+        Of several processes each has its own micro-batches, and Lightning's strategy has averaged their gradients.
         A penalty's gradient is added here: it does not depend on the tokens.
         """
+        self._sum_over_processes()
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
-            factor = self.trainer.accumulate_grad_batches * REFERENCE_TOKENS / self._tokens
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, self.trainer.world_size * REFERENCE_TOKENS / self._tokens)
         penalty = self.penalty() if self.penalty else None
         if penalty is not None:
             penalty.backward()
 
+    def _sum_over_processes(self) -> None:
+        if self.trainer.world_size > 1:
+            own = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in self._window()])
+            summed = self.trainer.strategy.reduce(own, reduce_op="sum")
+            self._loss_sum, self._tokens, self._input_tokens = summed[0], int(summed[1]), int(summed[2])
+
+    def _window(self) -> tuple[Any, int, int]:
+        return self._loss_sum, self._tokens, self._input_tokens
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, and then what the adapter method does after each step."""
+        """Lightning's own, then what the adapter method does after each step; the next window begins without gradients.
+
+        Lightning would drop them at multiples of ``accumulate_grad_batches`` in a pass, where a schedule's windows need
+        not begin.
+        """
         super().optimizer_step(*args, **kwargs)
         if self.after_optimizer_step is not None:
             self.after_optimizer_step(self.trainer.global_step + 1)  # the step is counted when this returns
+        for parameter in self._trainable:
+            parameter.grad = None
 
     def configure_gradient_clipping(
         self,
