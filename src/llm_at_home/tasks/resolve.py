@@ -31,6 +31,13 @@ UNUSED = {
     "fidelity": ("judge", "answers", "baseline", "data", "engine", "text", "adapter_path"),
 }
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+# Lightning's policies and the dtype of the weights that each is meant for; a wider one may be computed in fewer bits.
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "bf16-true": "bfloat16"}
+PRECISIONS_OF = {
+    "float32": ("32-true", "bf16-mixed", "16-mixed"),
+    "bfloat16": ("bf16-mixed", "bf16-true"),
+    "float16": ("16-mixed",),
+}
 SYNTHETIC = "synthetic"
 TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig")
 
@@ -125,6 +132,7 @@ def _check_train(config: Mapping[str, Any]) -> None:
     _check_synthetic(config, "data")
     compatibility.check(config)
     accumulation_schedule(_accumulation(config))
+    _check_precision(config)
     _check_memory(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
@@ -162,6 +170,32 @@ def _check_memory(config: Mapping[str, Any]) -> None:
     if "Paged" in str(config["optimizer"]["_target_"]) and config["gpu"]["device"] == "cpu":
         raise Refusal(
             "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
+        )
+
+
+def _check_precision(config: Mapping[str, Any]) -> None:
+    precision, dtype, gpu = config["trainer"]["precision"], config["dtype"], config["gpu"]
+    if precision not in PRECISIONS:
+        raise Refusal(f"trainer.precision={precision} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if precision == "16-mixed" and gpu["device"] == "cpu":
+        raise Refusal(
+            f"trainer.precision=16-mixed (of dtype={dtype}) needs a GPU, on a CPU Lightning would compute in bfloat16: "
+            "use dtype=float32 or bfloat16"
+        )
+    if precision not in PRECISIONS_OF[dtype]:
+        hint = f"use dtype={PRECISIONS[precision]}, or use {' or '.join(PRECISIONS_OF[dtype])}"
+        raise Refusal(f"trainer.precision={precision} does not train weights of dtype={dtype}: {hint}")
+    if precision.startswith("bf16"):
+        resolve_dtype("bfloat16", gpu)
+    if precision == "16-mixed" and dtype == "float16" and config["adapter"]["trains"] == "all":
+        raise Refusal(
+            f"adapter={config['adapter']['name']} dtype=float16 would train float16 weights, whose gradients no scaler "
+            "takes: use dtype=float32 trainer.precision=16-mixed, or dtype=bfloat16"
+        )
+    if precision == "bf16-true" and config["quant"]["method"] != "dense":
+        raise Refusal(
+            f"trainer.precision=bf16-true would round the scales of quant={config['quant']['name']} as well: use "
+            "trainer.precision=bf16-mixed"
         )
 
 

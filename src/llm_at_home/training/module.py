@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ class CausalLMModule(LightningModule):
         self.after_optimizer_step: Callable[[int], None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._gradient_norm: float | None = None
+        self._learning_rate = math.nan  # of the step being made: after it the schedule has moved on
         self._start_window()
 
     def _start_window(self) -> None:
@@ -102,6 +104,7 @@ class CausalLMModule(LightningModule):
         A penalty's gradient is added here: it does not depend on the tokens.
         """
         self._sum_over_processes()
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, self.trainer.world_size * REFERENCE_TOKENS / self._tokens)
@@ -155,8 +158,7 @@ class CausalLMModule(LightningModule):
         if self._gradient_norm is not None:
             step["gradient_norm"] = self._gradient_norm
         if self._trainable:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            step["lr"] = float(optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+            step["lr"] = self._learning_rate
         self.history.append(step)
         self._start_window()
         return step
