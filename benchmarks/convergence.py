@@ -4,7 +4,7 @@
     python benchmarks/convergence.py --table results/two_core_cpu/convergence
 
 The comparison that the paper recommends to make, since SGD keeps no state. A row is one run of ``train.py
-data=handbook``: LoRA of rank 32 on the embedded model, 32 steps of two conversations, clipped at 0.3, on two seeds, each
+data=handbook``: LoRA of rank 32 on the embedded model, 32 steps of two conversations, clipped at 0.3, two seeds, each
 of which draws its own adapter and order of the data; rows of one seed see the same conversations in the same order. No
 conversation comes twice, so a step's loss is that of data not trained on. What counts is the mean loss over the tokens
 of the last eight steps. The cosine starts twice, at the steps 0 and 8, and ends with the run. ``curves.json`` has each

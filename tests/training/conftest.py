@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from llm_at_home.models.chat import IGNORED, Encoded
 from llm_at_home.records.schema import Record
 from llm_at_home.tasks import resolve, train
+from llm_at_home.training.activations import ChunkedLoss
 from llm_at_home.training.callbacks.accumulation import GradientAccumulation
 from llm_at_home.training.callbacks.step_log import StepLog
 from llm_at_home.training.data import ChatDataModule
@@ -59,7 +60,8 @@ def fit(tiny_model, tmp_path):
     ):
         torch.manual_seed(0)
         model = prepare(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)).train()
-        module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5), scheduler, loss_tokens)
+        loss = ChunkedLoss(model, loss_tokens) if loss_tokens else None
+        module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5), scheduler, loss)
         data = ChatDataModule(random_rows(lengths), batch_size, pad_id=0, seed=0, **order)
         folder.mkdir(exist_ok=True)
         trainer = Trainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
+from llm_at_home.models.logits import capped_logits
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
@@ -153,6 +155,7 @@ def _check_memory(config: Mapping[str, Any]) -> None:
         raise Refusal(f"memory.checkpointing={every} is unknown: choose none, full, or a number of layers such as 2")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise Refusal(f"memory.loss_tokens={tokens} is too small: give at least 1, or null for all at once")
+    _check_loss(config)
     if config["data"]["packing"] and str(adapter.get("_target_")).endswith(TRAINED_PROMPTS):
         raise Refusal(
             f"adapter={adapter['name']} puts what it trains before the first of the packed conversations alone: use "
@@ -171,6 +174,23 @@ def _check_memory(config: Mapping[str, Any]) -> None:
         raise Refusal(
             "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
         )
+
+
+def _check_loss(config: Mapping[str, Any]) -> None:
+    loss, tokens = config["memory"]["loss"], config["memory"]["loss_tokens"]
+    if loss not in ("torch", "liger"):
+        raise Refusal(f"memory.loss={loss} is unknown: choose torch or liger")
+    if loss == "liger" and tokens is not None:
+        raise Refusal("memory.loss=liger chooses itself how many logits it holds: use memory.loss_tokens=null")
+    if loss == "liger" and config["gpu"]["device"] == "cpu":
+        raise Refusal("memory.loss=liger is a kernel for GPUs: use memory.loss=torch memory.loss_tokens=256")
+    if loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        hint = "pip install liger-kernel==0.8.5, or use memory.loss=torch memory.loss_tokens=256"
+        raise Refusal(f"memory.loss=liger needs liger-kernel: {hint}")
+    capped = capped_logits(source.shape(config["model"]))
+    if capped and (tokens is not None or loss == "liger"):
+        hint = "use memory.loss_tokens=null memory.loss=torch"
+        raise Refusal(f"{config['model']['name']} caps its logits after the output layer ({capped}): {hint}")
 
 
 def _check_precision(config: Mapping[str, Any]) -> None:

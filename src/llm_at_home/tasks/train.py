@@ -42,10 +42,11 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.adapters.start import check_start, probe_logits
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.quantization.base import describe_kernel, load_base
-    from llm_at_home.training.activations import checkpoint_layers
+    from llm_at_home.training.activations import ChunkedLoss, checkpoint_layers
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
     from llm_at_home.training.module import CausalLMModule
+    from llm_at_home.training.probes import check_head, check_packing
 
     for callback in callbacks:
         if isinstance(callback, PeakMemory):
@@ -67,9 +68,15 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     record.readings["trainable_parameters"] = Reading(float(trainable_parameters(model)), "1", "counted")
 
     memory = config["memory"]
+    if config["data"]["packing"]:
+        check_packing(model, ids, config["dtype"])
+    loss = None
+    if memory["loss"] == "liger" or memory["loss_tokens"]:
+        loss = ChunkedLoss(model, memory["loss_tokens"])
+        check_head(model, loss, ids, config["dtype"])
     record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
-    module = CausalLMModule(model, optimizer, scheduler, memory["loss_tokens"])
+    module = CausalLMModule(model, optimizer, scheduler, loss)
     trainer = instantiate(
         config["trainer"],
         accelerator={"cpu": "cpu", "cuda": "gpu"}[config["gpu"]["device"]],

@@ -28,7 +28,7 @@ class CausalLMModule(LightningModule):
         model: a causal language model of transformers, with or without a PEFT adapter.
         optimizer: makes the optimizer from the trainable parameters.
         scheduler: makes the learning-rate schedule from the optimizer; it counts optimizer steps.
-        loss_tokens: logits are held for so many tokens at once; None for all.
+        chunked_loss: computes the loss without all logits at once; None for all of them.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class CausalLMModule(LightningModule):
         model: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
-        loss_tokens: int | None = None,
+        chunked_loss: ChunkedLoss | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self._chunked_loss = ChunkedLoss(model, loss_tokens) if loss_tokens else None
+        self._chunked_loss = chunked_loss
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
         # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
