@@ -113,6 +113,7 @@ def test_an_architecture_that_caps_its_logits_is_refused(tiny_model):
         (["memory.offload=true", "memory.checkpointing=2"], "use memory.offload=false"),
         (["adapter=prompt", "data.packing=true"], "use data.packing=false"),
         (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
+        (["optimizer=adamw_offload"], "use optimizer=adamw"),
     ],
 )
 def test_what_cannot_work_is_refused(words, why):

@@ -19,6 +19,7 @@ from llm_at_home.data.sources import data_hash
 from llm_at_home.errors import Refusal
 from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
+from llm_at_home.hardware.present import present_gpus
 from llm_at_home.models import source
 from llm_at_home.models.logits import capped_logits
 from llm_at_home.quantization import base
@@ -135,6 +136,7 @@ def _check_train(config: Mapping[str, Any]) -> None:
     compatibility.check(config)
     accumulation_schedule(_accumulation(config))
     _check_precision(config)
+    _check_devices(config)
     _check_memory(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
@@ -170,9 +172,31 @@ def _check_memory(config: Mapping[str, Any]) -> None:
         raise Refusal("memory.offload=true is of recomputed layers: add memory.checkpointing=full")
     if config["memory"]["offload"] and config["gpu"]["device"] == "cpu":
         raise Refusal("memory.offload=true needs a GPU to move from: use memory.offload=false")
-    if "Paged" in str(config["optimizer"]["_target_"]) and config["gpu"]["device"] == "cpu":
+    _check_optimizer(config)
+
+
+def _check_devices(config: Mapping[str, Any]) -> None:
+    trainer, gpu = config["trainer"], config["gpu"]
+    devices, strategy = trainer["devices"], trainer["strategy"]
+    if type(devices) is not int or devices < 1:
+        raise Refusal(f"trainer.devices={devices} is no number of devices: give at least 1")
+    if strategy not in ("auto", "ddp"):
+        hint = "use trainer=ddp, and for less memory memory=smallest, memory.offload=true or optimizer=adamw_offload"
+        raise Refusal(f"trainer.strategy={strategy} is not tried here: {hint}")
+    if devices == 1:
+        return
+    if strategy != "ddp":
+        raise Refusal(f"trainer.devices={devices} needs a strategy: use trainer=ddp trainer.devices={devices}")
+    if gpu["device"] == "cuda" and devices > len(present_gpus()):
+        raise Refusal(f"trainer.devices={devices}, and {len(present_gpus())} GPUs are here: give as many")
+    if config["adapter"]["name"] == "adalora":
+        raise Refusal("adapter=adalora hands out its ranks in one process: use trainer=default, or adapter=lora")
+    if config["adapter"]["trains"] == "nothing":
+        raise Refusal("adapter=none has no gradients for several processes to share: use trainer=default")
+    if config["resume"]:
         raise Refusal(
-            "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
+            "a checkpoint has the random states of one process: resume with trainer=default, or go on from its adapter "
+            "with adapter_path="
         )
 
 
@@ -216,6 +240,18 @@ def _check_precision(config: Mapping[str, Any]) -> None:
         raise Refusal(
             f"trainer.precision=bf16-true would round the scales of quant={config['quant']['name']} as well: use "
             "trainer.precision=bf16-mixed"
+        )
+
+
+def _check_optimizer(config: Mapping[str, Any]) -> None:
+    target, gpu = str(config["optimizer"]["_target_"]), config["gpu"]
+    if gpu["device"] == "cpu" and "Paged" in target:
+        raise Refusal(
+            "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
+        )
+    if gpu["device"] == "cpu" and target.endswith("HostAdamW"):
+        raise Refusal(
+            "optimizer=adamw_offload keeps its state in the host's memory, where gpu=cpu has all: use optimizer=adamw"
         )
 
 

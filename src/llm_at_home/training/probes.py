@@ -29,31 +29,40 @@ def check_packing(model: Any, ids: list[int], dtype: str) -> None:
     """
     second = ids[:PROBE_TOKENS]
     first = second[::-1]
-    alone = probe_logits(model, second)
-    packed = _packed_logits(model, first, second)
-    other = _packed_logits(model, second, second)
-    # With as many tokens before it, another conversation there must change next to nothing.
-    seen = float((packed - other).norm() / packed.norm())
-    changed = float((packed - alone).norm() / alone.norm())
-    if not (seen <= TOLERANCE[dtype] / 10 and changed <= TOLERANCE[dtype]):
+    packed, same_packed = _last(model, _packed(first, second)), _last(model, _packed(second, second))
+    rows, same_rows = _last(model, _rows(first, second)), _last(model, _rows(second, second))
+    # With as many tokens before it, another conversation there must change no more than in a row of its own: nothing,
+    # but for LLM.int8(), which keeps columns in 16 bits where any token of a batch has an outlier.
+    seen, usual = (float((a - b).norm() / a.norm()) for a, b in ((packed, same_packed), (rows, same_rows)))
+    changed = float((packed - rows).norm() / rows.norm())
+    if not (seen <= 2 * usual + TOLERANCE[dtype] / 10 and changed <= TOLERANCE[dtype]):
         raise Refusal(
             f"{_name(model)} does not keep packed conversations apart (relative difference of the logits "
             f"{max(seen, changed):.2g}): use data.packing=false"
         )
 
 
-def _packed_logits(model: Any, first: list[int], second: list[int]) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
+def _packed(first: list[int], second: list[int]) -> dict[str, list[list[int]]]:
     positions = [*range(len(first)), *range(len(second))]
-    row = {"input_ids": [*first, *second], "position_ids": positions}
+    return {"input_ids": [[*first, *second]], "position_ids": [positions]}
+
+
+def _rows(first: list[int], second: list[int]) -> dict[str, list[list[int]]]:
+    return {"input_ids": [first, second], "attention_mask": [[1] * len(first)] * 2}
+
+
+def _last(model: Any, batch: dict[str, list[list[int]]]) -> torch.Tensor:
+    """The logits of the second of two conversations of one length, of shape (tokens, vocabulary)."""
+    device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            batch = {key: torch.tensor([values], device=device) for key, values in row.items()}
-            return model(**model_inputs(batch)).logits[0, len(first) :].float().cpu()
+            tensors = {key: torch.tensor(values, device=device) for key, values in batch.items()}
+            logits = model(**model_inputs(tensors)).logits
     finally:
         model.train(was_training)
+    return logits.flatten(0, 1)[logits.shape[:2].numel() // 2 :].float().cpu()
 
 
 def check_head(model: Any, loss: ChunkedLoss, ids: list[int], dtype: str) -> None:

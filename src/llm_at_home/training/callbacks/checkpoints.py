@@ -62,15 +62,21 @@ class Checkpoints(Callback):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, pl_module: Any) -> Path | None:
-        """Write a checkpoint of the step just made, and return its folder; None where nothing trains."""
+        """Write a checkpoint of the step just made, and return its folder; None where nothing trains.
+
+        Of several processes the first writes; Lightning wants to be asked by all.
+        """
         if not any(p.requires_grad for p in pl_module.parameters()):
             return None
         root = Path(trainer.default_root_dir) / "checkpoints"
         folder = root / f"step_{trainer.global_step:06d}"
         self._last_step = trainer.global_step
+        temporary = root / f".{folder.name}.tmp"
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(temporary / TRAINER_STATE)
+            return folder
         if folder.is_dir():
             return folder
-        temporary = root / f".{folder.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
