@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "sgd_cosine_restarts": (["optimizer=sgd", *COSINE], (0.3, 1.0, 3.0)),
     "adamw": (["optimizer=adamw"], (3e-4, 1e-3, 3e-3)),
     "adamw_cosine_restarts": (["optimizer=adamw", *COSINE], (1e-3, 3e-3)),
-    "adamw_8bit": (["optimizer=adamw_8bit"], (1e-3, 3e-3)),
+    "adamw_8bit": (["optimizer=adamw_8bit"], (1e-3,)),
 }
 SEEDS = (0, 1)
 STEPS, LAST = 32, 8

@@ -38,6 +38,7 @@ def script(name: str) -> ModuleType:
         ("train_serve", "two_core_cpu/train_serve", "adapters.md"),
         ("handbook", "two_core_cpu/handbook", "adapters.md"),
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
+        ("convergence", "two_core_cpu/convergence", "memory.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
@@ -65,6 +66,24 @@ def test_every_row_of_table_3_and_every_adapter_of_the_handbook_composes():
         assert refusal("train", ["experiment=table3", *words]) is None
     for words, rates in handbook.ADAPTERS.values():
         assert refusal("train", ["experiment=handbook", *words, f"optimizer.lr={rates[0]}", *handbook.TRIAL]) is None
+
+
+def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_on_a_cpu():
+    memory, convergence = script("training_memory"), script("convergence")
+    for words in memory.ROWS.values():
+        assert refusal("train", [*memory.PROTOCOL[1:], *words]) is None
+    for words in memory.GPU_ROWS.values():
+        assert refusal("train", [*memory.PROTOCOL[1:], *words]) is not None
+    for words in convergence.rows().values():
+        assert refusal("train", words[1:]) is None
+
+
+def test_what_counts_in_convergence_is_the_mean_over_the_tokens_of_the_last_steps():
+    convergence = script("convergence")
+    early = [{"loss": 9.0, "tokens": 5.0}] * (convergence.STEPS - convergence.LAST)
+    late = [{"loss": 1.0, "tokens": 3.0}, {"loss": 2.0, "tokens": 1.0}] * (convergence.LAST // 2)
+    assert convergence.last_loss([*early, *late]) == pytest.approx(1.25)
+    assert convergence.last_loss(late) is None  # a run that did not come so far
 
 
 def test_a_training_run_finds_its_row_of_the_paper_and_is_scaled_to_its_steps():

@@ -99,6 +99,23 @@ def test_an_architecture_that_caps_its_logits_is_refused(tiny_model):
         ChunkedLoss(model, 8)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernel runs on GPUs alone")
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_liger_s_loss_and_gradients_are_torch_s(tiny_model, adapter):
+    pytest.importorskip("liger_kernel")
+    found = {}
+    for name in ("torch", "liger"):
+        model = load(tiny_model, adapter).cuda()
+        module = CausalLMModule(model, None, chunked_loss=ChunkedLoss(model, None) if name == "liger" else None)
+        loss = module.training_step({key: value.cuda() for key, value in batch().items()}, 0)
+        loss.backward()
+        found[name] = loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found["liger"][0], found["torch"][0], rtol=1e-4, atol=0)
+    assert set(found["liger"][1]) == set(found["torch"][1])
+    for name, gradient in found["torch"][1].items():
+        torch.testing.assert_close(found["liger"][1][name], gradient, rtol=1e-2, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
