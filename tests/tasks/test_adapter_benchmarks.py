@@ -74,8 +74,8 @@ def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_o
         assert refusal("train", [*memory.PROTOCOL[1:], *words]) is None
     for words in memory.GPU_ROWS.values():
         assert refusal("train", [*memory.PROTOCOL[1:], *words]) is not None
-    for words in convergence.rows().values():
-        assert refusal("train", words[1:]) is None
+    for words, rates in convergence.METHODS.values():
+        assert refusal("train", [*convergence.PROTOCOL[1:], *words, f"optimizer.lr={rates[0]}"]) is None
 
 
 def test_what_counts_in_convergence_is_the_mean_over_the_tokens_of_the_last_steps():
