@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llm_at_home.errors import Refusal
 from llm_at_home.tasks import resolve
+from llm_at_home.training.callbacks.checkpoints import Checkpoints
 from llm_at_home.training.data import ChatDataModule
 
 
@@ -41,6 +44,22 @@ def test_processes_share_the_batches_of_a_pass(conversations):
 def test_what_several_processes_cannot_do_is_refused(resolved, words, why):
     with pytest.raises(Refusal, match=why):
         resolve.check("train", resolved(words))
+
+
+def test_every_process_asks_for_a_checkpoint_once(tmp_path):
+    """A process that returned early would leave the others waiting for it."""
+    asked = []
+    trainer = SimpleNamespace(
+        default_root_dir=str(tmp_path), global_step=4, world_size=2, is_global_zero=False, save_checkpoint=asked.append
+    )
+    module = torch.nn.Linear(2, 2)
+    checkpoints = Checkpoints()
+    folders = [checkpoints.save(trainer, module), checkpoints.save(trainer, module)]
+    assert folders == [tmp_path / "checkpoints" / "step_000004"] * 2
+    (tmp_path / "checkpoints" / "step_000005").mkdir(parents=True)  # which the first process may have made already
+    trainer.global_step = 5
+    checkpoints.save(trainer, module)
+    assert len(asked) == 2
 
 
 @pytest.mark.slow
