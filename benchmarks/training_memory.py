@@ -2,6 +2,7 @@
 
     python benchmarks/training_memory.py --out results/two_core_cpu/training_memory -- gpu=cpu
     python benchmarks/training_memory.py --table results/two_core_cpu/training_memory
+    python benchmarks/training_memory.py --out FOLDER --rows one_batch loss_liger offload -- gpu=cuda
 
 A row is one run of ``train.py data=synthetic``, in a process of its own: five optimizer steps over 4 conversations of
 256 random tokens, the first of them not timed. The same seed and data throughout: a choice that changes no figure ends
@@ -36,6 +37,14 @@ ROWS = {
     "full_sgd": ["adapter=full", "optimizer=sgd"],
     "full_sgd_smallest": ["adapter=full", "optimizer=sgd", "memory=smallest"],
 }
+# What a CPU refuses; they are run where they are named.
+GPU_ROWS = {
+    "loss_liger": ["memory.loss=liger"],
+    "offload": ["memory.checkpointing=full", "memory.offload=true"],
+    "full_paged_adamw_8bit": ["adapter=full", "optimizer=paged_adamw_8bit"],
+    "full_adamw_offload": ["adapter=full", "optimizer=adamw_offload"],
+}
+ALL = {**ROWS, **GPU_ROWS}
 PROTOCOL = ["train.py", "data=synthetic", "data.max_length=256", "data.batch_size=4", "callbacks.accumulation.steps=1"]
 PROTOCOL += ["trainer.max_steps=5", "limit=20", "callbacks.power.idle_seconds=0", "logger=none"]
 MEMORY = ("resident_set_peak", "torch_allocated_peak", "torch_reserved_peak")
@@ -44,7 +53,7 @@ HEADLINE = ("steps_per_second", *MEMORY, "loss_last")
 
 def table(folder: Path) -> str:
     """The records below a folder as a Markdown table, time and memory as ratios to the reference's."""
-    there = {name: store.load(folder / name) for name in ROWS if common.status(folder / name) is not None}
+    there = {name: store.load(folder / name) for name in ALL if common.status(folder / name) is not None}
     reference = there.get(REFERENCE)
     lines = [["choice", "resident set, peak (GB)", "torch allocated, peak (GB)", "peak / one batch's"]]
     lines[0] += ["seconds a step / one batch's", "loss, last step"]
@@ -73,14 +82,14 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ALL, default=list(ROWS), metavar="ROW")
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
         return 0
-    commands = [(name, [*PROTOCOL, *ROWS[name], *args.overrides]) for name in args.rows]
+    commands = [(name, [*PROTOCOL, *ALL[name], *args.overrides]) for name in args.rows]
     return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 
 

@@ -39,6 +39,7 @@ def script(name: str) -> ModuleType:
         ("handbook", "two_core_cpu/handbook", "adapters.md"),
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
         ("pruning", "two_core_cpu/pruning", "pruning.md"),
+        ("convergence", "two_core_cpu/convergence", "memory.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
@@ -80,6 +81,24 @@ def test_every_row_of_pruning_composes_those_of_speed_on_a_gpu(monkeypatch):
     monkeypatch.setattr(resolve, "resolve_device", lambda gpu: {**gpu, **card})
     for words in pruning.SPEED.values():
         assert refusal("infer", [*own(pruning.INFER), *words]) is None
+
+
+def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_on_a_cpu():
+    memory, convergence = script("training_memory"), script("convergence")
+    for words in memory.ROWS.values():
+        assert refusal("train", [*memory.PROTOCOL[1:], *words]) is None
+    for words in memory.GPU_ROWS.values():
+        assert refusal("train", [*memory.PROTOCOL[1:], *words]) is not None
+    for words, rates in convergence.METHODS.values():
+        assert refusal("train", [*convergence.PROTOCOL[1:], *words, f"optimizer.lr={rates[0]}"]) is None
+
+
+def test_what_counts_in_convergence_is_the_mean_over_the_tokens_of_the_last_steps():
+    convergence = script("convergence")
+    early = [{"loss": 9.0, "tokens": 5.0}] * (convergence.STEPS - convergence.LAST)
+    late = [{"loss": 1.0, "tokens": 3.0}, {"loss": 2.0, "tokens": 1.0}] * (convergence.LAST // 2)
+    assert convergence.last_loss([*early, *late]) == pytest.approx(1.25)
+    assert convergence.last_loss(late) is None  # a run that did not come so far
 
 
 def test_a_training_run_finds_its_row_of_the_paper_and_is_scaled_to_its_steps():

@@ -42,7 +42,8 @@ def batch():
 
 
 def gradients(model, tokens=None):
-    module = CausalLMModule(model, functools.partial(torch.optim.SGD, lr=0.1), loss_tokens=tokens)
+    loss = ChunkedLoss(model, tokens) if tokens else None
+    module = CausalLMModule(model, functools.partial(torch.optim.SGD, lr=0.1), chunked_loss=loss)
     loss = module.training_step(batch(), 0)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -91,11 +92,28 @@ def test_a_batch_that_the_loss_looks_at_nowhere_has_a_loss_of_zero(tiny_model):
     assert loss.item() == 0.0
 
 
-def test_an_architecture_that_changes_its_logits_is_refused(tiny_model):
+def test_an_architecture_that_caps_its_logits_is_refused(tiny_model):
     model = load(tiny_model)
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(Refusal, match=r"final_logit_softcapping.*use memory.loss_tokens=null"):
+    with pytest.raises(Refusal, match=r"caps its logits \(final_logit_softcapping.*use memory.loss_tokens=null"):
         ChunkedLoss(model, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernel runs on GPUs alone")
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_liger_s_loss_and_gradients_are_torch_s(tiny_model, adapter):
+    pytest.importorskip("liger_kernel")
+    found = {}
+    for name in ("torch", "liger"):
+        model = load(tiny_model, adapter).cuda()
+        module = CausalLMModule(model, None, chunked_loss=ChunkedLoss(model, None) if name == "liger" else None)
+        loss = module.training_step({key: value.cuda() for key, value in batch().items()}, 0)
+        loss.backward()
+        found[name] = loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found["liger"][0], found["torch"][0], rtol=1e-4, atol=0)
+    assert set(found["liger"][1]) == set(found["torch"][1])
+    for name, gradient in found["torch"][1].items():
+        torch.testing.assert_close(found["liger"][1][name], gradient, rtol=1e-2, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +122,15 @@ def test_an_architecture_that_changes_its_logits_is_refused(tiny_model):
         (["memory.checkpointing=all"], "choose none, full, or a number"),
         (["memory.checkpointing=0"], "choose none, full, or a number"),
         (["memory.loss_tokens=0"], "give at least 1"),
+        (["memory.loss=fused"], "choose torch or liger"),
+        (["memory.loss=liger"], "use memory.loss=torch memory.loss_tokens=256"),
+        (["memory.loss=liger", "memory.loss_tokens=256"], "use memory.loss_tokens=null"),
         (["adapter=prefix", "memory=smallest"], "use memory.checkpointing=none"),
         (["memory.offload=true"], "add memory.checkpointing=full"),
         (["memory.offload=true", "memory.checkpointing=2"], "use memory.offload=false"),
         (["adapter=prompt", "data.packing=true"], "use data.packing=false"),
         (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
+        (["optimizer=adamw_offload"], "use optimizer=adamw"),
     ],
 )
 def test_what_cannot_work_is_refused(words, why):
@@ -120,23 +142,20 @@ def test_what_cannot_work_is_refused(words, why):
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_in_the_smallest_memory_says_so(command, tmp_path):
-    import json
-
-    words = ("memory=smallest", "optimizer=adamw_8bit", "scheduler=cosine_restarts", "scheduler.T_0=2", "limit=4")
-    done = command("train.py", *words, "trainer.max_steps=3", "callbacks.accumulation.steps=1", "adapter.r=4")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(next(tmp_path.rglob("record.json")).read_text())
-    assert record["counts"]["recomputed_layers"] == 2
-    assert record["counts"]["optimizer_steps"] == 3
+def test_a_run_in_the_smallest_memory_says_so(train_here, tiny_model, tmp_path):
+    words = ["model=custom", f"model.source={tiny_model}", "limit=4", "adapter.r=4", "trainer.max_steps=3"]
+    words += ["memory=smallest", "optimizer=adamw_8bit", "scheduler=cosine_restarts", "scheduler.T_0=2"]
+    record = train_here([*words, "callbacks.accumulation.steps=1"], tmp_path / "run")
+    assert record.counts["recomputed_layers"] == 2
+    assert record.counts["optimizer_steps"] == 3
 
 
-def test_a_packed_run_makes_the_steps_of_the_padded_one(command, tmp_path):
+def test_a_packed_run_makes_the_steps_of_the_padded_one(train_here, tiny_model, tmp_path):
     steps = {}
+    words = ["model=custom", f"model.source={tiny_model}", "limit=9", "adapter.r=4", "trainer.max_steps=2"]
+    words += ["data.batch_size=3", "callbacks.accumulation.steps=1"]
     for packing in ("false", "true"):
-        words = ("adapter.r=4", "data.batch_size=3", "callbacks.accumulation.steps=1", "trainer.max_steps=2", "limit=9")
-        done = command("train.py", *words, f"data.packing={packing}", f"hydra.run.dir={tmp_path}/{packing}")
-        assert done.returncode == 0, done.stderr
+        train_here([*words, f"data.packing={packing}"], tmp_path / packing)
         lines = (tmp_path / packing / "metrics.csv").read_text().splitlines()[1:]
         steps[packing] = [[float(figure) for figure in line.split(",")] for line in lines]
     for padded, packed in zip(steps["false"], steps["true"], strict=True):

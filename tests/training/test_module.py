@@ -6,62 +6,21 @@ import functools
 
 import pytest
 import torch
-from lightning import Trainer
 from transformers import AutoModelForCausalLM
 
 from llm_at_home.models.chat import IGNORED, Encoded
-from llm_at_home.training.callbacks.accumulation import GradientAccumulation
 from llm_at_home.training.callbacks.clipping import GradientClipping
-from llm_at_home.training.callbacks.step_log import StepLog
 from llm_at_home.training.callbacks.throughput import Throughput
 from llm_at_home.training.data import ChatDataModule, pack
-from llm_at_home.training.module import CausalLMModule
 
 
-def conversations(lengths, trained_share=0.5):
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(10, 40000, (length,), generator=generator).tolist()
-        cut = int(length * (1 - trained_share))
-        rows.append(Encoded(ids, [IGNORED] * cut + ids[cut:], truncated=False))
-    return rows
-
-
-def fit(
-    tiny_model,
-    tmp_path,
-    batch_size,
-    accumulate,
-    steps=2,
-    optimizer=None,
-    callbacks=(),
-    lengths=(5, 40, 12, 33),
-    packing=False,
-    loss_tokens=None,
-):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
-    module = CausalLMModule(model, optimizer or functools.partial(torch.optim.SGD, lr=0.5), loss_tokens=loss_tokens)
-    # In one pass the order of the four does not matter to their sum.
-    data = ChatDataModule(conversations(lengths), batch_size, pad_id=0, seed=0, packing=packing)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=[GradientAccumulation(accumulate), StepLog(tmp_path, None), *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, data)
-    return module
-
-
-def test_micro_batches_do_not_change_the_update(tiny_model, tmp_path):
-    whole = fit(tiny_model, tmp_path, batch_size=4, accumulate=1)
-    split = fit(tiny_model, tmp_path, batch_size=1, accumulate=4)
+@pytest.mark.parametrize(
+    ("batch_size", "packing", "loss_tokens"), [(1, False, None), (1, False, 8), (2, True, 8), (4, True, None)]
+)
+def test_micro_batches_do_not_change_the_update(fit, batch_size, packing, loss_tokens):
+    lengths = (5, 20, 12, 17, 7, 9, 32, 3)  # which a mean of means would weigh otherwise
+    whole = fit(batch_size=8, accumulate=1, steps=1, lengths=lengths)
+    split = fit(batch_size, 8 // batch_size, steps=1, lengths=lengths, packing=packing, loss_tokens=loss_tokens)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), split.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     assert [s["loss"] for s in whole.history] == pytest.approx([s["loss"] for s in split.history], rel=1e-5)
@@ -69,35 +28,33 @@ def test_micro_batches_do_not_change_the_update(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("loss_tokens", [None, 8])
-def test_packed_conversations_do_not_see_each_other(tiny_model, tmp_path, loss_tokens):
+def test_packed_conversations_do_not_see_each_other(fit, loss_tokens):
     """The update is that of the padded batch, with no token of padding."""
-    padded = fit(tiny_model, tmp_path, batch_size=4, accumulate=1)
-    packed = fit(tiny_model, tmp_path, batch_size=4, accumulate=1, packing=True, loss_tokens=loss_tokens)
+    padded = fit(batch_size=4, accumulate=1)
+    packed = fit(batch_size=4, accumulate=1, packing=True, loss_tokens=loss_tokens)
     for (name, a), (_, b) in zip(padded.model.named_parameters(), packed.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     for key in ("loss", "tokens", "input_tokens"):
         assert [s[key] for s in packed.history] == pytest.approx([s[key] for s in padded.history], rel=1e-5)
 
 
-def test_a_packed_batch_is_one_row_of_all_tokens():
+def test_a_packed_batch_is_one_row_of_all_tokens(conversations):
     batch = pack(conversations((3, 2), trained_share=1.0))
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["input_ids"].shape == (1, 5)
     assert (batch["labels"] == IGNORED).tolist() == [[True, False, False, True, False]]
 
 
-def test_a_last_window_that_is_not_full_is_averaged_over_its_own_tokens(tiny_model, tmp_path):
+def test_a_last_window_that_is_not_full_is_averaged_over_its_own_tokens(fit):
     # Three conversations in windows of two: the second window of the pass holds one.
-    uneven = fit(tiny_model, tmp_path, batch_size=1, accumulate=2, steps=2, lengths=(20, 20, 20))
-    reference = fit(tiny_model, tmp_path, batch_size=2, accumulate=1, steps=2, lengths=(20, 20, 20))
+    uneven = fit(batch_size=1, accumulate=2, steps=2, lengths=(20, 20, 20))
+    reference = fit(batch_size=2, accumulate=1, steps=2, lengths=(20, 20, 20))
     for a, b in zip(uneven.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_losses_follow_a_plain_loop(tiny_model, tmp_path):
+def test_losses_follow_a_plain_loop(conversations, fit, tiny_model):
     module = fit(
-        tiny_model,
-        tmp_path,
         batch_size=4,
         accumulate=1,
         steps=3,
@@ -122,19 +79,19 @@ def test_losses_follow_a_plain_loop(tiny_model, tmp_path):
     assert [s["gradient_norm"] for s in module.history] == pytest.approx(norms, rel=1e-4)
 
 
-def test_clipping_acts_on_the_accumulated_gradient(tiny_model, tmp_path):
+def test_clipping_acts_on_the_accumulated_gradient(fit, tiny_model):
     clipping = GradientClipping(max_norm=0.01)
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    module = fit(tiny_model, tmp_path, batch_size=1, accumulate=4, steps=1, callbacks=[clipping])
+    module = fit(batch_size=1, accumulate=4, steps=1, callbacks=[clipping])
     moved = sum(float(((a - b) ** 2).sum()) for a, b in zip(module.model.parameters(), start.parameters(), strict=True))
     assert moved**0.5 == pytest.approx(0.5 * 0.01, rel=1e-3)  # SGD at 0.5 moves by rate times clipped norm
     assert clipping.readings()["clipped_share"].value == 1.0
     assert clipping.readings()["gradient_norm_median"].value > 0.01
 
 
-def test_throughput_counts_optimizer_steps_and_leaves_warm_up_out(tiny_model, tmp_path):
+def test_throughput_counts_optimizer_steps_and_leaves_warm_up_out(fit):
     throughput = Throughput(warmup_steps=2)
-    fit(tiny_model, tmp_path, batch_size=1, accumulate=2, steps=6, callbacks=[throughput])
+    fit(batch_size=1, accumulate=2, steps=6, callbacks=[throughput])
     readings = throughput.readings()
     assert len(throughput.seconds) == 6
     assert readings["steps_per_second"].n == 4
@@ -144,14 +101,14 @@ def test_throughput_counts_optimizer_steps_and_leaves_warm_up_out(tiny_model, tm
     assert low < readings["steps_per_second"].value < high
 
 
-def test_a_run_without_a_measured_step_says_so(tiny_model, tmp_path):
+def test_a_run_without_a_measured_step_says_so(fit):
     throughput = Throughput(warmup_steps=5)
-    fit(tiny_model, tmp_path, batch_size=4, accumulate=1, steps=1, callbacks=[throughput])
+    fit(batch_size=4, accumulate=1, steps=1, callbacks=[throughput])
     assert throughput.readings()["steps_per_second"].value is None
     assert "warm-up" in throughput.readings()["steps_per_second"].reason
 
 
-def test_conversations_without_a_trained_token_are_dropped_and_counted():
+def test_conversations_without_a_trained_token_are_dropped_and_counted(conversations):
     rows = [*conversations((10, 20)), Encoded([1, 2, 3], [IGNORED] * 3, truncated=True)]
     data = ChatDataModule(rows, 2, 0, 0)
     assert data.counts == {"conversations": 2, "conversations_truncated": 0, "conversations_dropped": 1}
@@ -159,7 +116,7 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted():
         ChatDataModule(rows[2:], 2, 0, 0)
 
 
-def test_the_loader_goes_on_where_it_was_stopped():
+def test_the_loader_goes_on_where_it_was_stopped(conversations):
     rows = conversations(range(5, 25))
     loader = ChatDataModule(rows, 3, 0, seed=7).train_dataloader()
     straight = [batch["input_ids"] for _ in range(2) for batch in loader]

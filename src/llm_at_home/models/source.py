@@ -108,6 +108,13 @@ def _hub_folder(source: str) -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
 
 
+def shape(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's configuration as far as it is known without loading or downloading; else empty."""
+    if model["weights"] == "random" and model["architecture"]:
+        return model["architecture"]
+    return EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
+
+
 def widths(model: Mapping[str, Any]) -> frozenset[int]:
     """How many inputs the decoder's linear layers have, as far as that can be told without loading; else empty."""
     return _widths_and_outputs(model)[0]
@@ -119,18 +126,13 @@ def outputs(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
-    if model["weights"] == "random" and model["architecture"]:
-        shape = model["architecture"]
-    elif model["source"] == EMBEDDED:
-        shape = EMBEDDED_SHAPE
-    else:
-        shape = _shape(model)
-    sizes = [shape.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
-    if shape.get("model_type") not in PLAIN_DECODERS or not all(sizes):
+    known = shape(model)
+    sizes: list[Any] = [known.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
+    if known.get("model_type") not in PLAIN_DECODERS or not all(sizes):
         return frozenset(), frozenset()
     stream, inner, heads = sizes
-    head = shape.get("head_dim") or stream // heads
-    values = (shape.get("num_key_value_heads") or heads) * head
+    head = known.get("head_dim") or stream // heads
+    values = (known.get("num_key_value_heads") or heads) * head
     return frozenset({stream, inner, heads * head}), frozenset({stream, inner, heads * head, values})
 
 

@@ -26,7 +26,7 @@ from llm_at_home.pruning import base as pruning
 from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
-from llm_at_home.tasks import logs, resolve
+from llm_at_home.tasks import helper, logs, resolve
 from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB, REFUSAL
 
 log = logging.getLogger("llm_at_home")
@@ -47,6 +47,9 @@ def main(folder: Path) -> int:
 
 def _run(job: dict[str, Any], folder: Path) -> int:
     task, config = job["task"], job["config"]
+    if helper.is_helper():
+        return _help(task, config, folder)
+    helper.mark_children()
     record = Record(task=task, config=config, config_hash=job["config_hash"], provenance=provenance.collect())
     tracker = _open_tracker(record, job["sweep"])
     start = time.perf_counter()
@@ -81,6 +84,19 @@ def _run(job: dict[str, Any], folder: Path) -> int:
             record.notes.append(tracker.problem)
     store.save(record, folder)
     return EXIT_FAILED if record.status == "failed" else 0
+
+
+def _help(task: str, config: dict[str, Any], folder: Path) -> int:
+    """The same job beside the process that leaves the record; where this one fails, Lightning ends the other."""
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            resolve.task_module(task).run(config, folder, Record(task=task, config=config), None)
+    except (Interrupted, KeyboardInterrupt):
+        return 0  # the other was asked to stop as well
+    except Exception as error:
+        logging.getLogger("job").error("".join(traceback.format_exception(error)))
+        return EXIT_FAILED
+    return 0
 
 
 def _prepare_card(config: dict[str, Any], record: Record) -> None:

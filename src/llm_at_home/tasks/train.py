@@ -12,6 +12,7 @@ from typing import Any
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
+from llm_at_home.tasks import helper
 from llm_at_home.tasks.resolve import SYNTHETIC
 
 
@@ -28,6 +29,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
     seed_everything(config["seed"], verbose=False)
+    helper.use_own_device(config)
     callbacks = _callbacks(config, folder, tracker)
     try:
         _fit(config, folder, record, callbacks)
@@ -37,16 +39,18 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
 
 def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: list[Any]) -> None:
     from hydra.utils import instantiate
+    from lightning.pytorch.plugins.environments import LightningEnvironment
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.adapters.start import check_start, probe_logits
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.pruning.base import load_base
     from llm_at_home.quantization.base import describe_kernel
-    from llm_at_home.training.activations import checkpoint_layers
+    from llm_at_home.training.activations import ChunkedLoss, checkpoint_layers
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
     from llm_at_home.training.module import CausalLMModule
+    from llm_at_home.training.probes import check_head, check_packing
 
     for callback in callbacks:
         if isinstance(callback, PeakMemory):
@@ -68,13 +72,22 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     record.readings["trainable_parameters"] = Reading(float(trainable_parameters(model)), "1", "counted")
 
     memory = config["memory"]
+    if config["data"]["packing"]:
+        check_packing(model, ids, config["dtype"])
+    loss = None
+    if memory["loss"] == "liger" or memory["loss_tokens"]:
+        loss = ChunkedLoss(model, memory["loss_tokens"])
+        check_head(model, loss, ids, config["dtype"])
     record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
-    module = CausalLMModule(model, optimizer, scheduler, memory["loss_tokens"])
+    module = CausalLMModule(model, optimizer, scheduler, loss)
+    processes = config["trainer"]["devices"]
+    if processes > 1:
+        record.notes.append(f"memory, speed and energy are those of the first of {processes} processes")
     trainer = instantiate(
         config["trainer"],
         accelerator={"cpu": "cpu", "cuda": "gpu"}[config["gpu"]["device"]],
-        devices=1,
+        plugins=[LightningEnvironment()] if processes > 1 else None,
         callbacks=callbacks,
         default_root_dir=str(folder),
         logger=False,
@@ -89,7 +102,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
         _losses(record, module.history)
-    if adapter["trains"] != "nothing":
+    if adapter["trains"] != "nothing" and trainer.is_global_zero:
         saved = save_weights(model, folder)
         if adapter["trains"] == "all" and has_tokenizer(config["model"]):
             load_tokenizer(config["model"]).save_pretrained(saved)  # so that model.source= reads it as it is
@@ -99,14 +112,20 @@ def _callbacks(config: Mapping[str, Any], folder: Path, tracker: Tracker | None)
     """The configured callbacks with the step log among them.
 
     It comes right after the one that times steps, so that writing the log is no part of a step's time, and before
-    those that show or save what it closed.
+    those that show or save what it closed. A helper measures and shows nothing.
     """
     from hydra.utils import instantiate
 
+    from llm_at_home.training.callbacks.memory import PeakMemory
+    from llm_at_home.training.callbacks.power import PowerMeter
+    from llm_at_home.training.callbacks.progress import Progress
     from llm_at_home.training.callbacks.step_log import StepLog
     from llm_at_home.training.callbacks.throughput import Throughput
 
     callbacks = [instantiate(options) for options in (config["callbacks"] or {}).values()]
+    if helper.is_helper():
+        alone = (Throughput, PowerMeter, PeakMemory, Progress)
+        return [StepLog(None, None), *(callback for callback in callbacks if not isinstance(callback, alone))]
     timing = [callback for callback in callbacks if isinstance(callback, Throughput)]
     others = [callback for callback in callbacks if not isinstance(callback, Throughput)]
     return [*timing, StepLog(folder, tracker), *others]

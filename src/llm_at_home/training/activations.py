@@ -6,7 +6,8 @@ Both trade computing for memory and change no figure: the same loss and gradient
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models.chat import IGNORED
-
-# What some architectures do to logits after the output layer, by the key in their config; None or 1 is nothing.
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from llm_at_home.models.logits import capped_logits
 
 
 def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> int:
@@ -57,26 +56,34 @@ def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 class ChunkedLoss:
-    """The summed cross entropy with the logits of at most so many tokens at once, forth and back.
+    """The summed cross entropy without all logits at once, forth and back.
 
     Tokens that the loss does not look at get no logits at all.
 
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter.
-        tokens: whose logits are held together.
+        tokens: whose logits are held together; None where Liger's fused kernel computes, which chooses by itself, so
+            that they take no more than the hidden states (Hsu et al. 2024).
 
     Raises:
-        Refusal: for an architecture that changes its logits after the output layer, or names that layer otherwise.
+        Refusal: for an architecture that caps its logits after the output layer, or names that layer otherwise; for
+            Liger, whose kernel reads the weights themselves, also where that layer is no plain one.
     """
 
-    def __init__(self, model: Any, tokens: int) -> None:
+    def __init__(self, model: Any, tokens: int | None) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = causal.config.get_text_config()
-        changed = [key for key in AFTER_THE_HEAD if getattr(config, key, None) not in (None, 1, 1.0)]
-        if changed or not hasattr(causal, "lm_head"):
-            why = f"changes its logits ({changed[0]})" if changed else "has no output layer named lm_head"
-            raise Refusal(f"{type(causal).__name__} {why}: use memory.loss_tokens=null")
-        self.model, self.causal, self.tokens = model, causal, tokens
+        capped = capped_logits(causal.config.get_text_config().to_dict())
+        why = None
+        if capped:
+            why = f"caps its logits ({capped})"
+        elif not hasattr(causal, "lm_head"):
+            why = "has no output layer named lm_head"
+        elif tokens is None and type(causal.lm_head) is not torch.nn.Linear:
+            why = f"has an output layer of {type(causal.lm_head).__name__}, which Liger's kernel does not read"
+        if why:
+            raise Refusal(f"{type(causal).__name__} {why}: use memory.loss_tokens=null memory.loss=torch")
+        self.model, self.causal = model, causal
+        self._summed: Callable[..., torch.Tensor] = functools.partial(_in_parts, tokens=tokens) if tokens else _liger
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The sum of next-token cross entropies in nats, in float32.
@@ -91,9 +98,17 @@ class ChunkedLoss:
         hidden = hidden[:, -batch["labels"].shape[1] : -1]
         looked_at = labels != IGNORED
         hidden, labels = hidden[looked_at], labels[looked_at]
-        parts = zip(hidden.split(self.tokens), labels.split(self.tokens), strict=True)
-        losses = [checkpoint(_summed, head, *part, use_reentrant=False) for part in parts]
-        return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+        return self._summed(head, hidden, labels) if len(labels) else hidden.sum() * 0.0
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What this takes for the model's logits, of shape (conversations, tokens, vocabulary), for a check of it."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._without_head() as head:
+                return head(self.model(input_ids=input_ids).logits)
+        finally:
+            self.model.train(was_training)
 
     @contextlib.contextmanager
     def _without_head(self) -> Iterator[torch.nn.Module]:
@@ -105,5 +120,18 @@ class ChunkedLoss:
             self.causal.lm_head = head
 
 
-def _summed(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _in_parts(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, tokens: int) -> torch.Tensor:
+    parts = zip(hidden.split(tokens), labels.split(tokens), strict=True)
+    return torch.stack([checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts]).sum()
+
+
+def _cross_entropy(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+def _liger(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    # In float32 where the output layer trains: its gradient is a sum over parts.
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    return loss(head.weight, hidden.to(head.weight.dtype), labels, head.bias)

@@ -43,18 +43,30 @@ class ResumableLoader:
         self.seed = seed
         self.group_by_length = group_by_length
         self.packing = packing
+        self.rank, self.processes = 0, 1
         self.epoch = 0
         self.position = 0
 
+    def share(self, rank: int, processes: int) -> None:
+        """Draw every ``processes``-th batch alone, beginning with number ``rank``: as many in each process.
+
+        Where a pass leaves a process without its last batch, it gets one that the loss looks at nowhere.
+        """
+        self.rank, self.processes = rank, processes
+
     def __len__(self) -> int:
-        return -(-len(self.conversations) // self.batch_size)
+        return -(-len(self.conversations) // (self.batch_size * self.processes))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batches = self._batches()
         while self.position < len(self):
-            chosen = batches[self.position]
+            number = self.position * self.processes + self.rank
             self.position += 1
-            batch = [self.conversations[i] for i in chosen]
+            if number < len(batches):
+                batch = [self.conversations[i] for i in batches[number]]
+            else:
+                ids = self.conversations[0].input_ids[:1]
+                batch = [Encoded(ids, [IGNORED] * len(ids), truncated=True)]
             yield pack(batch) if self.packing else collate(batch, self.pad_id)
         self.epoch += 1
         self.position = 0
@@ -151,5 +163,7 @@ class ChatDataModule(LightningDataModule):
         self._loader = ResumableLoader(kept, batch_size, pad_id, seed, **order)
 
     def train_dataloader(self) -> Any:
-        """The one loader of this run."""
+        """The one loader of this run; of several processes each has its share."""
+        if self.trainer is not None:
+            self._loader.share(self.trainer.global_rank, self.trainer.world_size)
         return self._loader

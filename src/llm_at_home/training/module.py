@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class CausalLMModule(LightningModule):
         model: a causal language model of transformers, with or without a PEFT adapter.
         optimizer: makes the optimizer from the trainable parameters.
         scheduler: makes the learning-rate schedule from the optimizer; it counts optimizer steps.
-        loss_tokens: logits are held for so many tokens at once; None for all.
+        chunked_loss: computes the loss without all logits at once; None for all of them.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class CausalLMModule(LightningModule):
         model: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
-        loss_tokens: int | None = None,
+        chunked_loss: ChunkedLoss | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self._chunked_loss = ChunkedLoss(model, loss_tokens) if loss_tokens else None
+        self._chunked_loss = chunked_loss
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
         # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
@@ -50,6 +51,7 @@ class CausalLMModule(LightningModule):
         self.after_optimizer_step: Callable[[int], None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._gradient_norm: float | None = None
+        self._learning_rate = math.nan  # of the step being made: after it the schedule has moved on
         self._start_window()
 
     def _start_window(self) -> None:
@@ -91,24 +93,45 @@ class CausalLMModule(LightningModule):
         # Prompt methods put tokens of their own before the conversation's.
         return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
 
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, without its division by ``accumulate_grad_batches``, which is no number of micro-batches."""
+        super().backward(loss * self.trainer.accumulate_grad_batches, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled).
 
+        Of several processes each has its own micro-batches, and Lightning's strategy has averaged their gradients.
         A penalty's gradient is added here: it does not depend on the tokens.
         """
+        self._sum_over_processes()
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
-            factor = self.trainer.accumulate_grad_batches * REFERENCE_TOKENS / self._tokens
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, self.trainer.world_size * REFERENCE_TOKENS / self._tokens)
         penalty = self.penalty() if self.penalty else None
         if penalty is not None:
             penalty.backward()
 
+    def _sum_over_processes(self) -> None:
+        if self.trainer.world_size > 1:
+            own = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in self._window()])
+            summed = self.trainer.strategy.reduce(own, reduce_op="sum")
+            self._loss_sum, self._tokens, self._input_tokens = summed[0], int(summed[1]), int(summed[2])
+
+    def _window(self) -> tuple[Any, int, int]:
+        return self._loss_sum, self._tokens, self._input_tokens
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, and then what the adapter method does after each step."""
+        """Lightning's own, then what the adapter method does after each step; the next window begins without gradients.
+
+        Lightning would drop them at multiples of ``accumulate_grad_batches`` in a pass, where a schedule's windows need
+        not begin.
+        """
         super().optimizer_step(*args, **kwargs)
         if self.after_optimizer_step is not None:
             self.after_optimizer_step(self.trainer.global_step + 1)  # the step is counted when this returns
+        for parameter in self._trainable:
+            parameter.grad = None
 
     def configure_gradient_clipping(
         self,
@@ -135,8 +158,7 @@ class CausalLMModule(LightningModule):
         if self._gradient_norm is not None:
             step["gradient_norm"] = self._gradient_norm
         if self._trainable:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            step["lr"] = float(optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+            step["lr"] = self._learning_rate
         self.history.append(step)
         self._start_window()
         return step

@@ -30,6 +30,7 @@ class Checkpoints(Callback):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._last_step = 0
+        self._saved: int | None = None
         self._random: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,15 +63,23 @@ class Checkpoints(Callback):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, pl_module: Any) -> Path | None:
-        """Write a checkpoint of the step just made, and return its folder; None where nothing trains."""
+        """Write a checkpoint of the step just made, and return its folder; None where nothing trains.
+
+        Of several processes the first writes, and all must ask Lightning to: it waits for them.
+        """
         if not any(p.requires_grad for p in pl_module.parameters()):
             return None
         root = Path(trainer.default_root_dir) / "checkpoints"
         folder = root / f"step_{trainer.global_step:06d}"
         self._last_step = trainer.global_step
-        if folder.is_dir():
+        if self._saved == trainer.global_step or (folder.is_dir() and trainer.world_size == 1):
             return folder
+        self._saved = trainer.global_step
         temporary = root / f".{folder.name}.tmp"
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(temporary / TRAINER_STATE)
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -35,8 +35,10 @@ class Interruption(Callback):
         """Stop here if asked to and the window is closed."""
         closed = trainer.global_step > self._step
         self._step = trainer.global_step
-        if self._asked is None or not closed:
+        # A signal reaches several processes at different steps, and a step is made by all of them or none.
+        if not closed or not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
             return
+        self._asked = self._asked or signal.SIGTERM
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         saved = [callback.save(trainer, pl_module) for callback in callbacks if isinstance(callback, Checkpoints)]
         where = f"; its checkpoint is {saved[0]}" if saved and saved[0] else ""
