@@ -17,10 +17,14 @@ from llm_at_home.paths import cache_dir
 EMBEDDED = "embedded"
 EMBEDDED_SHAPE = {
     "model_type": "llama",
+    "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
+    "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }
 # Architectures whose linear layers read the residual stream, the attention's output or the MLP's inner channels.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi3", "olmo2", "granite")
@@ -108,6 +112,16 @@ def _hub_folder(source: str) -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
 
 
+def shape(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's configuration as ``config.json`` has it, without loading: empty where it is not on this machine.
+
+    The ``architecture`` of the group describes its own source, also where that is not downloaded.
+    """
+    if model["architecture"]:
+        return dict(model["architecture"])
+    return dict(EMBEDDED_SHAPE) if model["source"] == EMBEDDED else _shape(model)
+
+
 def widths(model: Mapping[str, Any]) -> frozenset[int]:
     """How many inputs the decoder's linear layers have, as far as that can be told without loading; else empty."""
     return _widths_and_outputs(model)[0]
@@ -119,18 +133,14 @@ def outputs(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
-    if model["weights"] == "random" and model["architecture"]:
-        shape = model["architecture"]
-    elif model["source"] == EMBEDDED:
-        shape = EMBEDDED_SHAPE
-    else:
-        shape = _shape(model)
-    sizes = [shape.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
-    if shape.get("model_type") not in PLAIN_DECODERS or not all(sizes):
+    own = model["weights"] == "random" and model["architecture"]
+    found = own or (EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model))
+    sizes = [found.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
+    if found.get("model_type") not in PLAIN_DECODERS or not all(sizes):
         return frozenset(), frozenset()
     stream, inner, heads = sizes
-    head = shape.get("head_dim") or stream // heads
-    values = (shape.get("num_key_value_heads") or heads) * head
+    head = found.get("head_dim") or stream // heads
+    values = (found.get("num_key_value_heads") or heads) * head
     return frozenset({stream, inner, heads * head}), frozenset({stream, inner, heads * head, values})
 
 
