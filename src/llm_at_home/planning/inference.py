@@ -49,8 +49,8 @@ def predict_answers(
     block = shape.experts_per_token * PREFILL_WIDTHS * shape.inner
     hidden = rows * prompt_tokens * each * (max(block, 2 * shape.queries + 2 * shape.values) + 3 * shape.hidden)
     prefilled, answered = rows * prompt_tokens * token, rows * (prompt_tokens + new_tokens) * token
-    # The cache of one layer is copied to grow by a token.
-    growing = answered / shape.layers
+    # The keys of a layer, and then its values, are copied to grow by a token.
+    growing = answered / shape.layers / 2
     logits = float(rows * shape.vocabulary * (each + 4 + 4))
     moments = [
         _moment("the prompt", weights, prefilled, hidden + read_back, 0.0),
