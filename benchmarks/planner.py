@@ -1,9 +1,9 @@
 """The memory planner against the card: predicted and measured peaks of training and inference on one GPU.
 
-    python benchmarks/planner.py --out results/h100/planner --minutes 6             # the rows that test the planner
-    python benchmarks/planner.py --out results/h100/planner --minutes 6 --limits    # what it says just fits smaller cards
-    python benchmarks/planner.py --table results/h100/planner                       # no GPU: the table
-    python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu                      # a try without a GPU, in a minute
+    python benchmarks/planner.py --out results/h100/planner --minutes 7            # rows to test it
+    python benchmarks/planner.py --out results/h100/planner --minutes 5 --limits   # what it says just fits
+    python benchmarks/planner.py --table results/h100/planner                      # the table, anywhere
+    python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu                     # a try without a GPU
 
 Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. Rows of one base
 share a process that loads it once: each starts from the base alone, with the allocator emptied and its peaks reset, and
@@ -36,8 +36,18 @@ from llm_at_home.records import store
 from llm_at_home.records.schema import Record
 
 # Two micro-batches a step, so that gradients wait for the second; the second step has the optimizer's state.
-TRAIN = ["model.weights=random", "data=synthetic", "logger=none", "trainer.max_steps=2", "callbacks.power.idle_seconds=0"]
-TRAIN += ["callbacks.accumulation.steps=2", "callbacks.checkpoints.every_n_steps=1000", "callbacks.throughput.warmup_steps=1"]
+TRAIN = [
+    "model.weights=random",
+    "data=synthetic",
+    "logger=none",
+    "trainer.max_steps=2",
+    "callbacks.power.idle_seconds=0",
+]
+TRAIN += [
+    "callbacks.accumulation.steps=2",
+    "callbacks.checkpoints.every_n_steps=1000",
+    "callbacks.throughput.warmup_steps=1",
+]
 INFER = ["model.weights=random", "questions=synthetic", "logger=none", "engine.warmup_tokens=8", "engine.temperature=0"]
 BASES = {
     "nf4": ["quant=nf4", "dtype=bfloat16"],
@@ -227,7 +237,9 @@ def _empty(config: dict[str, Any]) -> dict[str, float] | None:
 
 def _say(name: str, record: Record, seconds: float) -> None:
     shown = ", ".join(
-        f"{common.text(record.readings[key], 3)} {record.readings[key].unit}" for key in HEADLINE if common.has(record, key)
+        f"{common.text(record.readings[key], 3)} {record.readings[key].unit}"
+        for key in HEADLINE
+        if common.has(record, key)
     )
     print(f"{name}: {record.status} in {seconds:.0f} s  {shown}  {(record.error or {}).get('message', '')}", flush=True)
 

@@ -15,7 +15,7 @@ from llm_at_home.planning.adapters import Kept
 from llm_at_home.planning.shape import Shape
 from llm_at_home.planning.weights import BYTES
 
-# Log-probabilities, their gradient and the gradient of the logits, all in float32, when the loss's backward pass begins.
+# Log-probabilities, their gradient and that of the logits, all in float32, when the loss's backward pass begins.
 LOSS_BACKWARD = 12
 # What the backward pass of a layer needs beside what it kept, in widths of the feed-forward block: gradients of the
 # product, of both its factors and of what the adapter's copies are made of. Read off the allocations of real passes.
@@ -117,9 +117,14 @@ def _kept_inputs(shape: Shape, added: Kept, each: int) -> float:
 
 
 def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, added: Kept, each: int) -> float:
-    copied = each == 2 and config["quant"]["method"] in ("dense", "torchao") and adapters.kind(config["adapter"]) in (
-        adapters.LORA,
-        adapters.ADALORA,
+    copied = (
+        each == 2
+        and config["quant"]["method"] in ("dense", "torchao")
+        and adapters.kind(config["adapter"])
+        in (
+            adapters.LORA,
+            adapters.ADALORA,
+        )
     )
     widths = BACKWARD_WIDTHS["copied" if copied else "shared"]
     values = batch.all_tokens * (widths * shape.inner * shape.experts_per_token + shape.hidden)

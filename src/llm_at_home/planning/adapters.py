@@ -1,4 +1,4 @@
-"""What an adapter adds: how many parameters it trains, in which tensors, and what its layers keep for the backward pass.
+"""What an adapter adds: the parameters it trains, and what its layers keep for the backward pass.
 
 The shapes are PEFT's (0.21) and this project's own; tests hold the counts against PEFT's own on real models.
 """
@@ -188,7 +188,7 @@ class Kept:
         cast: of the constant, what autocast remembers until the forward pass is over, also where layers are recomputed.
         inputs: the inputs of linear layers that are kept, each once: ``attention``, ``block`` and ``product`` (what
             q_proj, gate_proj and down_proj get); o_proj's is attention's output, which is kept anyway.
-        wide: the residual stream is float32 from the first layer on, since the adapter's result is and nothing casts it.
+        wide: the residual stream is float32 from the first layer on: the adapter's result is, and nothing casts it.
     """
 
     token: float
@@ -255,9 +255,7 @@ def _inputs(layers: list[Linear]) -> frozenset[str]:
     return frozenset(found | ({"product"} if "down_proj" in names else set()))
 
 
-def _lora(
-    shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], bytes_each: int, casts: float
-) -> Kept:
+def _lora(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], bytes_each: int, casts: float) -> Kept:
     layers = targets(shape, adapter)
     rank = adapter["init_r"] if kind(adapter) == ADALORA else adapter["r"]
     inputs, outputs = (sum(getattr(linear, side) for linear in layers) for side in ("inputs", "outputs"))

@@ -141,7 +141,9 @@ def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[
     steps = config["data"]["batch_size"] * config["callbacks"]["accumulation"]["steps"]
     least = {**least, "callbacks": {**least["callbacks"], "accumulation": {"steps": steps}}}
     need = predict_training(least, capability).process / 1e9
-    said = f"nothing fits {memory:.2f} GB: micro-batches of 1 with every layer recomputed take {need:.2f} GB (predicted)"
+    said = (
+        f"nothing fits {memory:.2f} GB: micro-batches of 1 with every layer recomputed take {need:.2f} GB (predicted)"
+    )
     words, changed = [], dict(least)
     trains_all = config["adapter"]["trains"] == "all"
     for word, change in REMEDIES:

@@ -126,7 +126,9 @@ def _moments(
         _moment("a layer's backward pass", static, accumulated, held + (layer.kept if recomputed else 0.0)),
         _moment("the optimizer's step", static, gradients, 0.0),
     ]
-    found[2] = replace(found[2], parts={**found[2].parts, "workspace": layer.passing}, moving=found[2].moving + layer.passing)
+    found[2] = replace(
+        found[2], parts={**found[2].parts, "workspace": layer.passing}, moving=found[2].moving + layer.passing
+    )
     found[3] = replace(found[3], parts={**found[3].parts, "workspace": optimizer.step}, moving=optimizer.step)
     return found
 
@@ -150,9 +152,7 @@ def _with_virtual_tokens(config: Mapping[str, Any], shape: Shape, batch: Batch) 
     return layer, loss_memory(config, shape, batch)
 
 
-def _without_training(
-    config: Mapping[str, Any], shape: Shape, batch: Batch, static: Mapping[str, float]
-) -> Moment:
+def _without_training(config: Mapping[str, Any], shape: Shape, batch: Batch, static: Mapping[str, float]) -> Moment:
     """adapter=none: nothing is kept, and the logits are the peak."""
     loss = loss_memory(config, shape, batch)
     hidden = 2.0 * batch.all_tokens * shape.hidden * BYTES[config["dtype"]]
