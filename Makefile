@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO ?= multirun/demo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize merge test test-slow lint format report readme ui clean
+.PHONY: help setup demo quantize plan merge test test-slow lint format report readme ui clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo: setup ## quantized inference, fine-tuning, evaluation and report on the em
 
 quantize: setup ## make a quantized checkpoint ahead of its use: make quantize ARGS="quant=gptq quant.bits=3"
 	$(PY) -m llm_at_home.tasks.quantize $(ARGS)
+
+plan: setup ## what a run takes of a GPU, before it starts: make plan ARGS="model=llama2_7b quant=nf4 adapter=lora gpu=rtx4090"
+	$(PY) -m llm_at_home.planning $(ARGS)
 
 merge: setup ## merge an adapter into its base: make merge ARGS="adapter_path=RUN_FOLDER out=my-model gguf=Q8_0"
 	$(PY) -m llm_at_home.tasks.merge $(ARGS)

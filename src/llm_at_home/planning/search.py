@@ -1,4 +1,4 @@
-"""What would fit: the largest micro-batch, the longest sequence, the smallest card, and the choice for a training run."""
+"""What would fit: the largest micro-batch, the longest sequence, the smallest card, and the choice for a run."""
 
 from __future__ import annotations
 
@@ -79,11 +79,9 @@ class Choice:
 def choose(config: Mapping[str, Any], memory: float, capability: tuple[int, int]) -> Choice:
     """Micro-batch, accumulation and checkpointing for the most steps a second within so many GB.
 
-    The effective batch stays. The order of speed is a model, not a measurement: a step's time is that of its tokens, a
-    third more for each layer that is recomputed (one more forward pass beside one forward and two backward), and a
-    launch overhead for each micro-batch. So fewer recomputed layers come first, and then larger micro-batches, with one
-    exception: a micro-batch of a single conversation leaves a GPU idle, and where recomputing half of the layers allows a
-    larger one, this is still not preferred, since nothing measured says by how much.
+    The effective batch stays. The order of speed is a model and no measurement: a recomputed layer takes one more
+    forward pass beside the forward and the backward one, and a micro-batch costs its launches. So the fewest recomputed
+    layers come first, and among those the largest micro-batch.
 
     Raises:
         Refusal: when nothing fits, naming what would make it fit.

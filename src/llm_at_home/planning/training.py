@@ -126,10 +126,8 @@ def _moments(
         _moment("a layer's backward pass", static, accumulated, held + (layer.kept if recomputed else 0.0)),
         _moment("the optimizer's step", static, gradients, 0.0),
     ]
-    found[2] = replace(
-        found[2], parts={**found[2].parts, "workspace": layer.passing}, moving=found[2].moving + layer.passing
-    )
-    found[3] = replace(found[3], parts={**found[3].parts, "workspace": optimizer.step}, moving=optimizer.step)
+    found[2] = _working(found[2], layer.passing)
+    found[3] = _working(found[3], optimizer.step)
     return found
 
 
@@ -138,6 +136,10 @@ def _moment(
 ) -> Moment:
     parts = {**static, "gradients": gradients, "activations": activations, "logits": logits}
     return Moment(name, parts, activations + logits)
+
+
+def _working(moment: Moment, workspace: float) -> Moment:
+    return replace(moment, parts={**moment.parts, "workspace": workspace}, moving=moment.moving + workspace)
 
 
 def _with_virtual_tokens(config: Mapping[str, Any], shape: Shape, batch: Batch) -> tuple[LayerMemory, LossMemory]:
