@@ -27,6 +27,7 @@ FLOORS = {
     "adapters": 6,
     "training": 7,
     "generation": 7,
+    "planning": 7,
     "evaluation": 8,
     "reporting": 9,
     "tasks": 10,

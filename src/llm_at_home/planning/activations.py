@@ -17,9 +17,11 @@ from llm_at_home.planning.weights import BYTES
 
 # Log-probabilities, their gradient and that of the logits, all in float32, when the loss's backward pass begins.
 LOSS_BACKWARD = 12
-# What the backward pass of a layer needs beside what it kept, in widths of the feed-forward block: gradients of the
-# product, of both its factors and of what the adapter's copies are made of. Read off the allocations of real passes.
-BACKWARD_WIDTHS = {"shared": 3.0, "copied": 5.0}
+# What a layer's backward pass needs beside what it kept, in widths of the feed-forward block: the gradients of the
+# product and of both its factors. A recomputed layer is at its peak earlier, with the product's alone, or where the
+# adapter's layers copy their input in float32 (copied), at the end of its second forward pass. Read off real passes.
+KEPT_WIDTHS = 3.0
+RECOMPUTED_WIDTHS = {"shared": 1.0, "copied": 5.0}
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class LayerMemory:
         kept: for the backward pass.
         boundary: its input, which is all that a recomputed layer keeps.
         passing: beside what is kept, while its backward pass runs.
+        recomputing: the same for a layer that is recomputed.
         cast: of what is kept, the adapter's parameters in 16 bits, which autocast holds until the forward pass is over.
     """
 
     kept: float
     boundary: float
     passing: float
+    recomputing: float
     cast: float
 
 
@@ -76,7 +80,8 @@ def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> Layer
     return LayerMemory(
         kept=kept,
         boundary=float(tokens * stream * shape.hidden),
-        passing=_passing(config, shape, batch, added, each),
+        passing=_passing(config, shape, batch, each, KEPT_WIDTHS),
+        recomputing=_passing(config, shape, batch, each, RECOMPUTED_WIDTHS[_copying(config, each)]),
         cast=added.cast,
     )
 
@@ -116,17 +121,12 @@ def _kept_inputs(shape: Shape, added: Kept, each: int) -> float:
     return float(each * sum(widths[name] for name in added.inputs))
 
 
-def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, added: Kept, each: int) -> float:
-    copied = (
-        each == 2
-        and config["quant"]["method"] in ("dense", "torchao")
-        and adapters.kind(config["adapter"])
-        in (
-            adapters.LORA,
-            adapters.ADALORA,
-        )
-    )
-    widths = BACKWARD_WIDTHS["copied" if copied else "shared"]
+def _copying(config: Mapping[str, Any], each: int) -> str:
+    dense = each == 2 and config["quant"]["method"] in ("dense", "torchao")
+    return "copied" if dense and adapters.kind(config["adapter"]) in (adapters.LORA, adapters.ADALORA) else "shared"
+
+
+def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, widths: float) -> float:
     values = batch.all_tokens * (widths * shape.inner * shape.experts_per_token + shape.hidden)
     widest = max((linear.weights for linear in shape.linears()), default=0)
     passing = each * values

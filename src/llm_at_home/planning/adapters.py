@@ -270,9 +270,12 @@ def _lora(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], by
         # What is left of the input, and a mask of a byte each.
         return Kept(token + (bytes_each + 1.0) * inputs, casts, casts)
     if dora:
+        # Over 4-bit layers the result is float32, and so is what follows; attention gives its own in 16 bits.
         wide = bytes_each == 2 and four_bit
-        token += outputs * (bytes_each + (4 if wide else bytes_each))
-        return Kept(token + (bytes_each * inputs if copies or wide else 0), casts, casts, frozenset(), wide)
+        in_attention = sum(linear.inputs + linear.outputs for linear in layers if linear.name == "o_proj")
+        token += outputs * (bytes_each + (4 if wide else bytes_each)) - (2 * in_attention if wide else 0)
+        own = bytes_each * inputs if copies or wide else 0
+        return Kept(token + own, casts, casts, frozenset() if own else _inputs(layers), wide)
     if copies:
         return Kept(token + bytes_each * inputs, casts, casts)
     return Kept(token, casts, casts, _inputs(layers))

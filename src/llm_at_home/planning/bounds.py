@@ -1,7 +1,7 @@
 """Bounds on a run's time and cost from a card's data sheet: no run is faster, and how much slower it is stays open.
 
-How near a run comes to a card's peak was measured from 3 % (batch 1, launches dominate) upwards, so that no single share
-would be honest; a bound is.
+How near a run comes to a card's peak is another share for every batch size and host, so that no estimate would be
+honest; a bound is.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run_cost(time: Reading, card: Card | None) -> Reading:
 
 
 def decode_rate(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: Card | None) -> Reading:
-    """Tokens a second that all answers of a batch reach together at most: a step reads every weight that it uses once."""
+    """Tokens a second that a batch's answers reach together at most: a step reads every weight that it uses once."""
     if card is None:
         return Reading.unknown("tokens/s", NO_CARD, METHOD)
     rows = config["engine"].get("batch_size", 1)

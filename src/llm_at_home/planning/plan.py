@@ -1,6 +1,6 @@
 """A plan: what a configuration takes of a card, what else would fit there, and what the run costs at least.
 
-Every figure is a reading with its method, as in a run's record, so that what is predicted stands beside what was measured.
+Every figure is a reading with its method, as in a run's record, so that it can stand beside what was measured.
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ def predict(config: Mapping[str, Any], capability: tuple[int, int]) -> Predictio
     if config["task"] == "train":
         return predict_training(config, capability)
     if config["engine"]["name"] == "llamacpp":
-        raise Refusal(
-            "the planner predicts what torch takes, and quant=gguf runs in llama.cpp: use quant=nf4 or another of torch's"
-        )
+        raise Refusal("the planner predicts what torch takes, and quant=gguf runs in llama.cpp: use quant=nf4, say")
     rows, new = config["engine"]["batch_size"], config["engine"]["max_new_tokens"]
     return predict_answers(Shape.of(config["model"]), config, rows, prompt_tokens(config), new, capability)
 

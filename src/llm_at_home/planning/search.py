@@ -117,6 +117,7 @@ REMEDIES: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
         "optimizer=adamw_8bit",
         lambda config: {**config, "optimizer": {**config["optimizer"], "_target_": "bitsandbytes.optim.AdamW8bit"}},
     ),
+    ("adapter.r=8", lambda config: {**config, "adapter": {**config["adapter"], "r": min(8, config["adapter"]["r"])}}),
     (
         "quant=nf4_nested",
         lambda config: {
@@ -133,6 +134,10 @@ REMEDIES: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
 )
 
 
+def _has_rank(config: Mapping[str, Any]) -> bool:
+    return str(config["adapter"].get("_target_")).endswith(("LoraConfig", "LoHaConfig"))
+
+
 def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[int, int]) -> str:
     """One line: what the least way takes, and the first choices that would make it fit."""
     least = _as(config, 1, 1, _less_recomputing_first(config)[-1])
@@ -145,7 +150,7 @@ def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[
     words, changed = [], dict(least)
     trains_all = config["adapter"]["trains"] == "all"
     for word, change in REMEDIES:
-        if trains_all and word.startswith("quant="):
+        if trains_all and word.startswith("quant=") or word.startswith("adapter.r=") and not _has_rank(config):
             continue
         before = predict_training(changed, capability).process
         tried = change(changed)

@@ -93,6 +93,12 @@ def recomputed_layers(config: Mapping[str, Any], shape: Shape) -> int:
     return shape.layers if every == "full" else -(-shape.layers // int(every))
 
 
+def _last_recomputed(config: Mapping[str, Any], shape: Shape) -> int:
+    every = _memory(config)["checkpointing"]
+    step = 1 if every == "full" else int(every)
+    return (shape.layers - 1) // step * step
+
+
 def _boundaries(config: Mapping[str, Any], shape: Shape, batch: Batch) -> float:
     return recomputed_layers(config, shape) * layer_memory(config, shape, batch).boundary
 
@@ -123,11 +129,14 @@ def _moments(
     found = [
         _moment("the loss, forward", static, gradients, held + casts, loss.forward),
         _moment("the loss, backward", static, accumulated, held, loss.logits),
-        _moment("a layer's backward pass", static, accumulated, held + (layer.kept if recomputed else 0.0)),
-        _moment("the optimizer's step", static, gradients, 0.0),
+        _working(_moment("a layer's backward pass", static, accumulated, whole + boundaries), layer.passing),
+        _working(_moment("the optimizer's step", static, gradients, 0.0), optimizer.step),
     ]
-    found[2] = _working(found[2], layer.passing)
-    found[3] = _working(found[3], optimizer.step)
+    if recomputed:
+        # The layers behind the last recomputed one have let go by then of what they kept.
+        behind = shape.layers - 1 - _last_recomputed(config, shape)
+        there = (shape.layers - recomputed - behind + 1) * layer.kept + boundaries
+        found.append(_working(_moment("a recomputed layer", static, accumulated, there), layer.recomputing))
     return found
 
 

@@ -22,6 +22,7 @@ from llm_at_home.models import source
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
+from llm_at_home.tasks import planned
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
 UNUSED = {
@@ -67,7 +68,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
         config["trainer"]["precision"] = PRECISION[config["dtype"]]
-    return config
+    return planned.settle(config) if "trainer" in config else config
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
+from llm_at_home.tasks.planned import predicted
 from llm_at_home.tasks.resolve import SYNTHETIC
 
 
@@ -28,6 +29,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
     seed_everything(config["seed"], verbose=False)
+    record.readings |= predicted(config)
     callbacks = _callbacks(config, folder, tracker)
     try:
         _fit(config, folder, record, callbacks)
