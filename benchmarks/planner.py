@@ -3,6 +3,7 @@
     python benchmarks/planner.py --out results/h100/planner --minutes 7            # rows to test it
     python benchmarks/planner.py --out results/h100/planner --minutes 5 --limits   # what it says just fits
     python benchmarks/planner.py --table results/h100/planner                      # the table, anywhere
+    python benchmarks/planner.py --article                                          # beside the article's figures
     python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu                     # a try without a GPU
 
 Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. Rows of one base
@@ -34,6 +35,7 @@ from llm_at_home.planning.inference import predict_inference
 from llm_at_home.planning.training import predict_training
 from llm_at_home.records import store
 from llm_at_home.records.schema import Record
+from llm_at_home.reporting import published
 
 # Two micro-batches a step, so that gradients wait for the second; the second step has the optimizer's state.
 TRAIN = [
@@ -299,6 +301,46 @@ def table(folder: Path) -> str:
     return "\n".join([common.markdown(lines), "", *summary])
 
 
+def article() -> str:
+    """The company article's figures beside the planner's, as Markdown; no GPU is needed."""
+    said = published.article_memory()
+    lines = [
+        ["", "article (GB)", "weights, predicted (GB)", "one answer of 512 + 1024 tokens, process, predicted (GB)"]
+    ]
+    for row in said["rows"]:
+        cells = [row["name"], f"{row['gb']:g}", common.DASH, common.DASH]
+        if row["model"]:
+            plan = _plan(f"model={row['model']}", f"quant={row['quant']}", "task=infer", "questions.prompt_tokens=512")
+            cells[2:] = [f"{plan.parts['weights'].value:.1f}", f"{plan.prediction.process / 1e9:.1f}"]
+        lines.append(cells)
+    rule = [["every weight trained", "12 x billions (GB)"]]
+    rule[0] += [f"{dtype}, {name}, process, predicted (GB)" for dtype, name, _ in FULL]
+    for model in ("smollm2_135m", "qwen2_5_1_5b", "llama2_7b", "llama2_13b", "llama2_70b"):
+        cells = [model]
+        for dtype, _, words in FULL:
+            plan = _plan(f"model={model}", "quant=none", "adapter=full", f"dtype={dtype}", "memory=smallest", *words)
+            cells.append(f"{plan.prediction.process / 1e9:.1f}")
+        billions = plan.shape.parameters / 1e9
+        cells.insert(1, f"{said['full_finetuning_gb_per_billion'] * billions:.1f}")
+        rule.append(cells)
+    return f"{common.markdown(lines)}\n\n{common.markdown(rule)}"
+
+
+FULL = (("float32", "AdamW", []), ("bfloat16", "AdamW", []), ("bfloat16", "SGD", ["optimizer=sgd"]))
+
+
+def _plan(*words: str) -> Any:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from llm_at_home.hardware.catalogue import load_catalogue
+    from llm_at_home.planning.plan import Target, make
+
+    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("plan", list(words)), resolve=True)
+    return make(config, Target.of(load_catalogue()["h200"]), [])
+
+
 def predict(record: Record) -> Any:
     """The planner's prediction for a record's configuration."""
     if record.task == "train":
@@ -310,6 +352,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--article", action="store_true", help="the company article's figures beside the planner's")
     parser.add_argument("--limits", action="store_true", help="the rows that the planner says just fit a smaller card")
     parser.add_argument("--bases", nargs="+", choices=ROWS, default=list(ROWS), metavar="BASE", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=60, help="start no row after so many (default: %(default)s)")
@@ -320,6 +363,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
+        return 0
+    if args.article:
+        print(article())
         return 0
     if not args.out:
         parser.error("give --out or --table")

@@ -150,7 +150,7 @@ def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[
     words, changed = [], dict(least)
     trains_all = config["adapter"]["trains"] == "all"
     for word, change in REMEDIES:
-        if trains_all and word.startswith("quant=") or word.startswith("adapter.r=") and not _has_rank(config):
+        if (trains_all and word.startswith("quant=")) or (word.startswith("adapter.r=") and not _has_rank(config)):
             continue
         before = predict_training(changed, capability).process
         tried = change(changed)

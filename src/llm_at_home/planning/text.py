@@ -64,7 +64,7 @@ def as_text(plan: Plan) -> str:
 
 def _headline(plan: Plan) -> str:
     config, figures = plan.config, plan.figures
-    words = [f"{plan.shape.name}, {plan.shape.parameters / 1e9:.2f} thousand million weights"]
+    words = [f"{plan.shape.name}, {plan.shape.parameters / 1e9:.2f}B parameters"]
     words.append(f"quant={config['quant']['name']} ({figures['bits_per_weight'].value:.2f} bits per weight)")
     words.append(f"dtype={config['dtype']}")
     if config["task"] == "train":

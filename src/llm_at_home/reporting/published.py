@@ -31,6 +31,12 @@ def table3() -> dict[str, Any]:
     return found
 
 
+def article_memory() -> dict[str, Any]:
+    """What the company article says of memory: ``rows`` for inference, and ``full_finetuning_gb_per_billion``."""
+    found: dict[str, Any] = _published()["article_memory"]
+    return found
+
+
 def counterpart(record: Record) -> dict[str, Any] | None:
     """The row of Table I with this quantization (and, of dense weights, this dtype), or None."""
     return _alike(record, table1()["rows"])
