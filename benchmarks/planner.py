@@ -1,16 +1,15 @@
 """The memory planner against the card: predicted and measured peaks of training and inference on one GPU.
 
-    python benchmarks/planner.py --out results/h100/planner --minutes 7            # rows to test it
-    python benchmarks/planner.py --out results/h100/planner --minutes 5 --limits   # what it says just fits
-    python benchmarks/planner.py --table results/h100/planner                      # the table, anywhere
-    python benchmarks/planner.py --article                                          # beside the article's figures
-    python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu                     # a try without a GPU
+    python benchmarks/planner.py --out results/h100/planner --minutes 8     # an H100
+    python benchmarks/planner.py --table results/h100/planner               # predicted against measured, anywhere
+    python benchmarks/planner.py --article                                  # beside the article's figures
+    python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu              # a try without a GPU
 
-Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. Rows of one base
-share a process that loads it once: each starts from the base alone, with the allocator emptied and its peaks reset, and
-is the product's own ``train.py`` or ``infer.py`` from there on. Rows of ``--limits`` are whole commands of their own,
-under the memory of the card that they name. Every row leaves ``OUT/<row>/record.json`` at once; what is there (out of
-memory is a result) is not run again.
+Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. All rows share a
+process, and those of one base its loaded weights: each row starts from the base alone, with the allocator emptied and
+its peaks reset, and is the product's own ``train.py`` or ``infer.py`` from there on. Rows named ``limit_`` are what the
+planner says just trains on a smaller card, and run under that card's memory. Every row leaves ``OUT/<row>/record.json``
+at once; what is there (out of memory is a result) is not run again.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from typing import Any
 import rows as common
 
 from llm_at_home.errors import Refusal
+from llm_at_home.hardware.emulation import cap_memory
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.planning.inference import predict_inference
 from llm_at_home.planning.training import predict_training
@@ -52,13 +52,14 @@ TRAIN += [
 ]
 INFER = ["model.weights=random", "questions=synthetic", "logger=none", "engine.warmup_tokens=8", "engine.temperature=0"]
 BASES = {
-    "nf4": ["quant=nf4", "dtype=bfloat16"],
     "none": ["quant=none", "dtype=bfloat16"],
     "nested": ["quant=nf4_nested", "dtype=bfloat16"],
     "int8": ["quant=int8", "dtype=bfloat16"],
-    "mistral": ["model=mistral_7b", "quant=nf4", "dtype=bfloat16"],
+    "mistral": ["model=mistral_7b", "quant=nf4_nested", "dtype=bfloat16"],
     "llama3": ["model=llama3_8b", "quant=nf4", "dtype=bfloat16"],
-    "13b": ["model=llama2_13b", "quant=nf4", "dtype=bfloat16"],
+    "nf4": ["quant=nf4", "dtype=bfloat16"],
+    "70b": ["model=llama3_70b", "quant=nf4_nested", "dtype=bfloat16"],
+    "13b": ["model=llama2_13b", "quant=nf4_nested", "dtype=bfloat16"],
 }
 SMALLEST = ["memory=smallest", "optimizer=paged_adamw_8bit", "adapter.r=8"]
 
@@ -71,8 +72,36 @@ def _infer(batch: int, prompt: int, new: int) -> list[str]:
     return ["infer", f"engine.batch_size={batch}", f"questions.prompt_tokens={prompt}", f"engine.max_new_tokens={new}"]
 
 
-# By base. A row is named after what is varied.
+# By base, the most telling first. A row is named after what is varied.
 ROWS: dict[str, dict[str, list[str]]] = {
+    "none": {
+        "none_lora_b4_512": _train(4, 512),
+        "none_infer_b4_1000": _infer(4, 1000, 32),
+        "none_lora_b2_2048_full": _train(2, 2048, "memory.checkpointing=full"),
+        "none_lokr_b1_1000_sgd": _train(1, 1000, "adapter=lokr", "optimizer=sgd"),
+        "none_lora_dropout_b1_1000": _train(1, 1000, "adapter.lora_dropout=0.05"),
+        "none_infer_b16_500": _infer(16, 500, 32),
+        # Last, since it changes the weights.
+        "none_full_b1_500_smallest": _train(1, 500, "adapter=full", "memory=smallest"),
+    },
+    "nested": {
+        "nested_smallest_400": _train(1, 400, *SMALLEST),
+        "nested_smallest_r64_400": _train(1, 400, "memory=smallest", "optimizer=paged_adamw_8bit"),
+        "nested_smallest_sgd_2048": _train(1, 2048, *SMALLEST, "optimizer=sgd"),
+        "nested_lora_b2_512_8bit": _train(2, 512, "optimizer=adamw_8bit"),
+        "limit_8gb_llama2_7b_4096": _train(1, 4096, *SMALLEST, "gpu=rtx4060"),
+    },
+    "int8": {
+        "int8_lora_b1_500": _train(1, 500),
+        "int8_lora_b4_1024_full": _train(4, 1024, "memory.checkpointing=full"),
+    },
+    "mistral": {
+        "mistral_lora_b2_1024": _train(2, 1024),
+        "mistral_infer_b16_1000": _infer(16, 1000, 32),
+        "limit_8gb_mistral_7b_5200": _train(1, 5200, *SMALLEST, "gpu=rtx4060"),
+        "limit_24gb_mistral_7b_32000": _train(1, 32000, *SMALLEST, "gpu=rtx4090"),
+    },
+    "llama3": {"llama3_lora_b1_2048": _train(1, 2048)},
     "nf4": {
         "nf4_lora_b1_400": _train(1, 400),  # measured in a process of its own in results/h100/table3
         "nf4_lora_b4_500": _train(4, 500),
@@ -85,47 +114,18 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "nf4_lora_b2_1000_sgd_loss256": _train(2, 1000, "optimizer=sgd", "memory.loss_tokens=256"),
         "nf4_adalora_b2_500": _train(2, 500, "adapter=adalora", "trainer.max_steps=5"),
         "nf4_lokr_b4_500": _train(4, 500, "adapter=lokr"),
-        "nf4_bottleneck_b2_1000": _train(2, 1000, "adapter=bottleneck", "optimizer=sgd"),
-        "nf4_loha_b1_500": _train(1, 500, "adapter=loha", "adapter.r=8"),
-        "nf4_vera_b1_500": _train(1, 500, "adapter=vera"),
-        "nf4_infer_b1_2000": _infer(1, 2000, 32),
         "nf4_infer_b8_1000": _infer(8, 1000, 32),
+        "nf4_bottleneck_b2_1000": _train(2, 1000, "adapter=bottleneck", "optimizer=sgd"),
+        "nf4_vera_b1_500": _train(1, 500, "adapter=vera"),
+        "nf4_loha_b1_500": _train(1, 500, "adapter=loha", "adapter.r=8"),
+        "nf4_infer_b1_2000": _infer(1, 2000, 32),
     },
-    "nested": {
-        "nested_smallest_400": _train(1, 400, *SMALLEST),
-        "nested_smallest_r64_400": _train(1, 400, "memory=smallest", "optimizer=paged_adamw_8bit"),
-        "nested_smallest_sgd_2048": _train(1, 2048, *SMALLEST, "optimizer=sgd"),
-        "nested_lora_b2_512_8bit": _train(2, 512, "optimizer=adamw_8bit"),
+    "70b": {"limit_48gb_llama3_70b_4096": _train(1, 4096, *SMALLEST, "gpu=a6000")},
+    "13b": {
+        "13b_lora_b2_500": _train(2, 500),
+        # A T4's memory around a chip with bfloat16.
+        "limit_16gb_llama2_13b_4096": _train(1, 4096, *SMALLEST, "gpu=t4", "gpu.compute_capability='8.0'"),
     },
-    "none": {
-        "none_lora_b4_512": _train(4, 512),
-        "none_lora_b2_2048_full": _train(2, 2048, "memory.checkpointing=full"),
-        "none_lora_dropout_b1_1000": _train(1, 1000, "adapter.lora_dropout=0.05"),
-        "none_lokr_b1_1000_sgd": _train(1, 1000, "adapter=lokr", "optimizer=sgd"),
-        "none_infer_b4_1000": _infer(4, 1000, 32),
-        "none_infer_b16_500": _infer(16, 500, 32),
-        # Last, since it changes the weights.
-        "none_full_b1_500_smallest": _train(1, 500, "adapter=full", "memory=smallest"),
-    },
-    "int8": {
-        "int8_lora_b1_500": _train(1, 500),
-        "int8_lora_b4_1024_full": _train(4, 1024, "memory.checkpointing=full"),
-    },
-    "mistral": {
-        "mistral_nf4_lora_b2_1024": _train(2, 1024),
-        "mistral_nf4_infer_b16_1000": _infer(16, 1000, 32),
-    },
-    "llama3": {"llama3_nf4_lora_b1_2048": _train(1, 2048)},
-    "13b": {"13b_nf4_lora_b2_500": _train(2, 500)},
-}
-# What the planner says just trains on a smaller card: nf4_nested, rank 8, everything of `memory=smallest`, the longest
-# context at 95 % of what it predicts. Whole commands under the emulated card's memory.
-LIMITS = {
-    "limit_8gb_llama2_7b": ["gpu=rtx4060", "model=llama2_7b", *_train(1, 4096)],
-    "limit_8gb_mistral_7b": ["gpu=rtx4060", "model=mistral_7b", *_train(1, 4480)],
-    "limit_16gb_llama2_13b": ["gpu=t4", "model=llama2_13b", "dtype=float16", *_train(1, 4096)],
-    "limit_24gb_mistral_7b": ["gpu=rtx4090", "model=mistral_7b", *_train(1, 29800)],
-    "limit_48gb_llama3_70b": ["gpu=a6000", "model=llama3_70b", *_train(1, 4096)],
 }
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -137,10 +137,13 @@ MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak")
 HEADLINE = ("torch_reserved_peak", "process_memory_peak", "steps_per_second")
 
 
-def work(base: str, names: list[str], args: argparse.Namespace, deadline: float) -> None:
-    """The rows of one base, in this process, which loads it once."""
+def work(args: argparse.Namespace) -> None:
+    """The rows that are not there yet, in this process, which loads each base once."""
+    import torch
+
     from llm_at_home.quantization import base as loader
     from llm_at_home.training.callbacks import checkpoints
+    from llm_at_home.training.module import CausalLMModule
 
     load = loader.load_base
     kept: list[Any] = []
@@ -153,19 +156,30 @@ def work(base: str, names: list[str], args: argparse.Namespace, deadline: float)
     loader.load_base = load_once  # type: ignore[assignment]
     # Writing hundreds of megabytes of adapter is no part of what is measured.
     checkpoints.save_weights = lambda model, folder: folder  # type: ignore[assignment]
-    for name in names:
-        if time.time() > deadline:
-            print(f"the time is up before {name}: the same command goes on with it")
-            return
-        start = time.monotonic()
-        words = [*BASES[base], *ROWS[base][name]]
-        try:
-            record = one(words, args, load_once)
-        except Refusal as refusal:
-            print(f"{name}: refused: {refusal}", flush=True)
-            continue
-        store.save(record, args.out / name)
-        _say(name, record, time.monotonic() - start)
+    # Lightning moves a module to the host when it is done with it: the next row would start there.
+    CausalLMModule.cpu = lambda self: self  # type: ignore[method-assign]
+    for base in args.bases:
+        kept.clear()
+        for name in missing(base, args.out):
+            if time.time() > args.until:
+                print(f"the time is up before {name}: the same command goes on with it")
+                return
+            start = time.monotonic()
+            try:
+                record = one([*BASES[base], *ROWS[base][name]], args, load_once)
+            except Refusal as refusal:
+                print(f"{name}: refused: {refusal}", flush=True)
+                continue
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.set_per_process_memory_fraction(1.0)
+            store.save(record, args.out / name)
+            _say(name, record, time.monotonic() - start)
+
+
+def missing(base: str, out: Path) -> list[str]:
+    """Rows of a base that have no result yet."""
+    return [name for name in ROWS[base] if common.status(out / name) not in common.DONE]
 
 
 def one(words: list[str], args: argparse.Namespace, load: Any) -> Record:
@@ -189,6 +203,10 @@ def one(words: list[str], args: argparse.Namespace, load: Any) -> Record:
     resolve.check(task, config)
     digest = hashing.config_hash(config, resolve.ingredients(task, config))
     record = Record(task=task, config=config, config_hash=digest, provenance=provenance.collect())
+    _empty(config)
+    emulation = cap_memory(config["gpu"]) if config["gpu"]["device"] == "cuda" else None
+    if emulation:
+        record.provenance["emulation"] = emulation
     with restored(load(config)), tempfile.TemporaryDirectory(prefix="planner_") as folder:
         record.provenance["base_alone"] = _empty(config)
         try:
@@ -247,30 +265,15 @@ def _say(name: str, record: Record, seconds: float) -> None:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """A process for each base with rows that are not there yet; 1 when a row left no usable record."""
+    """All rows in a process of their own, which has the allocator as jobs have it; 1 when some are not there."""
     from llm_at_home.tasks.launch import CHILD_ENVIRONMENT
 
-    deadline = time.time() + args.minutes * 60
-    for base in args.bases:
-        missing = [name for name in ROWS[base] if common.status(args.out / name) not in common.DONE]
-        if not missing or time.time() > deadline:
-            continue
-        command = [sys.executable, __file__, "--out", str(args.out), "--worker", base, "--until", str(deadline)]
-        command += ["--tiny"] if args.tiny else []
-        subprocess.run([*command, "--", *args.overrides], env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
-    wanted = [name for base in args.bases for name in ROWS[base]]
-    left = [name for name in wanted if common.status(args.out / name) not in common.DONE]
-    print(f"{len(wanted) - len(left)} of {len(wanted)} rows are there{', without ' + ', '.join(left) if left else ''}")
+    command = [sys.executable, __file__, "--out", str(args.out), "--until", str(time.time() + args.minutes * 60)]
+    command += [*(["--tiny"] if args.tiny else []), "--bases", *args.bases, "--", *args.overrides]
+    subprocess.run(command, env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
+    left = [name for base in args.bases for name in missing(base, args.out)]
+    print(f"not there: {', '.join(left)}" if left else "all rows are there")
     return int(bool(left))
-
-
-def limits(args: argparse.Namespace) -> int:
-    """Rows that the planner says just fit, each a command of its own under the card's memory."""
-    commands = []
-    for name, words in LIMITS.items():
-        row = [*TRAIN, "limit=4", "quant=nf4_nested", *SMALLEST, "callbacks.accumulation.steps=1", *words]
-        commands.append((name, ["train.py", *row, *args.overrides]))
-    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 
 
 def table(folder: Path) -> str:
@@ -353,12 +356,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
     parser.add_argument("--article", action="store_true", help="the company article's figures beside the planner's")
-    parser.add_argument("--limits", action="store_true", help="the rows that the planner says just fit a smaller card")
     parser.add_argument("--bases", nargs="+", choices=ROWS, default=list(ROWS), metavar="BASE", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=60, help="start no row after so many (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny architecture: a try of the script itself")
-    parser.add_argument("--worker", choices=ROWS, help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the process that does the work
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every row, such as gpu=cpu")
     args = parser.parse_args()
     if args.table:
@@ -369,14 +370,13 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("give --out or --table")
-    if args.worker:
-        missing = [name for name in ROWS[args.worker] if common.status(args.out / name) not in common.DONE]
-        work(args.worker, missing, args, args.until)
+    if args.until:
+        work(args)
         return 0
     if not present_gpus() and "gpu=cpu" not in args.overrides:
         print("planner.py needs a CUDA GPU, and none is visible", file=sys.stderr)
         return 2
-    return limits(args) if args.limits else measure(args)
+    return measure(args)
 
 
 if __name__ == "__main__":
