@@ -53,14 +53,12 @@ class LayerMemory:
         boundary: its input, which is all that a recomputed layer keeps.
         passing: beside what is kept, while its backward pass runs.
         recomputing: the same for a layer that is recomputed.
-        cast: of what is kept, the adapter's parameters in 16 bits, which autocast holds until the forward pass is over.
     """
 
     kept: float
     boundary: float
     passing: float
     recomputing: float
-    cast: float
 
 
 def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> LayerMemory:
@@ -82,7 +80,6 @@ def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> Layer
         boundary=float(tokens * stream * shape.hidden),
         passing=_passing(config, shape, batch, each, KEPT_WIDTHS),
         recomputing=_passing(config, shape, batch, each, RECOMPUTED_WIDTHS[_copying(config, each)]),
-        cast=added.cast,
     )
 
 

@@ -185,7 +185,6 @@ class Kept:
     Attributes:
         token: bytes a token.
         constant: bytes however many tokens: parameters cast to 16 bits under autocast, and what is made of them.
-        cast: of the constant, what autocast remembers until the forward pass is over, also where layers are recomputed.
         inputs: the inputs of linear layers that are kept, each once: ``attention``, ``block`` and ``product`` (what
             q_proj, gate_proj and down_proj get); o_proj's is attention's output, which is kept anyway.
         wide: the residual stream is float32 from the first layer on: the adapter's result is, and nothing casts it.
@@ -193,7 +192,6 @@ class Kept:
 
     token: float
     constant: float = 0.0
-    cast: float = 0.0
     inputs: frozenset[str] = frozenset()
     wide: bool = False
 
@@ -226,10 +224,10 @@ def kept(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], byt
             # The whole update is made, and kept with its second factor and the input.
             seconds = sum(one.out_b * one.in_b for one in factored)
             whole_update = bytes_each * (sum(linear.weights for linear in layers) + seconds)
-            return Kept(0.0, casts + whole_update, casts, shared)
-        return Kept(token, casts, casts, _inputs(whole))
+            return Kept(0.0, casts + whole_update, shared)
+        return Kept(token, casts, _inputs(whole))
     if which == LOHA:
-        return Kept(0.0, 0.0, casts, shared)
+        return Kept(0.0, 0.0, shared)
     if which == OFT:
         block = adapter["oft_block_size"]
         inputs = sum(linear.inputs for linear in layers)
@@ -241,7 +239,7 @@ def kept(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], byt
         return Kept(float(bytes_each * (len(layers) * rank + outputs)), copies)
     if which == BOTTLENECK:
         values = sum(linear.outputs + 2 * adapter["bottleneck_size"] for linear in layers)
-        return Kept(float(bytes_each * values), casts, casts)
+        return Kept(float(bytes_each * values), casts)
     if which == IA3:
         return _ia3(layers, adapter, quant, bytes_each)
     return Kept(0.0)
@@ -268,17 +266,17 @@ def _lora(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], by
         casts = 4.0 * rank * inputs  # the product with the singular values; under autocast it is the cast that is kept
     if adapter.get("lora_dropout"):
         # What is left of the input, and a mask of a byte each.
-        return Kept(token + (bytes_each + 1.0) * inputs, casts, casts)
+        return Kept(token + (bytes_each + 1.0) * inputs, casts)
     if dora:
         # Over 4-bit layers the result is float32, and so is what follows; attention gives its own in 16 bits.
         wide = bytes_each == 2 and four_bit
         in_attention = sum(linear.inputs + linear.outputs for linear in layers if linear.name == "o_proj")
         token += outputs * (bytes_each + (4 if wide else bytes_each)) - (2 * in_attention if wide else 0)
         own = bytes_each * inputs if copies or wide else 0
-        return Kept(token + own, casts, casts, frozenset() if own else _inputs(layers), wide)
+        return Kept(token + own, casts, frozenset() if own else _inputs(layers), wide)
     if copies:
-        return Kept(token + bytes_each * inputs, casts, casts)
-    return Kept(token, casts, casts, _inputs(layers))
+        return Kept(token + bytes_each * inputs, casts)
+    return Kept(token, casts, _inputs(layers))
 
 
 def _ia3(layers: list[Linear], adapter: Mapping[str, Any], quant: Mapping[str, Any], bytes_each: int) -> Kept:

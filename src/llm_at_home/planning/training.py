@@ -123,11 +123,10 @@ def _moments(
     offloaded = _memory(config)["offload"]
     boundaries = 0.0 if offloaded else recomputed * layer.boundary
     whole = (shape.layers - recomputed) * layer.kept
-    casts = recomputed * layer.cast
     accumulated = gradients if _accumulation(config) > 1 else 0.0
     held = whole + boundaries + loss.kept
     found = [
-        _moment("the loss, forward", static, gradients, held + casts, loss.forward),
+        _moment("the loss, forward", static, gradients, held, loss.forward),
         _moment("the loss, backward", static, accumulated, held, loss.logits),
         _working(_moment("a layer's backward pass", static, accumulated, whole + boundaries), layer.passing),
         _working(_moment("the optimizer's step", static, gradients, 0.0), optimizer.step),
