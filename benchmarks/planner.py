@@ -3,6 +3,7 @@
     python benchmarks/planner.py --out results/h100/planner --minutes 8     # an H100
     python benchmarks/planner.py --table results/h100/planner               # predicted against measured, anywhere
     python benchmarks/planner.py --article                                  # beside the article's figures
+    python benchmarks/planner.py --fit                                      # the constants that were fitted
     python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu              # a try without a GPU
 
 Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. All rows share a
@@ -31,6 +32,7 @@ import rows as common
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.emulation import cap_memory
 from llm_at_home.hardware.present import present_gpus
+from llm_at_home.planning.allocator import constants
 from llm_at_home.planning.inference import predict_inference
 from llm_at_home.planning.training import predict_training
 from llm_at_home.records import store
@@ -329,6 +331,28 @@ def article() -> str:
     return f"{common.markdown(lines)}\n\n{common.markdown(rule)}"
 
 
+def fit() -> str:
+    """The constants of ``planning/measured.yaml`` from the records that it names, by least relative squares."""
+    import numpy
+
+    lines = []
+    for task, folder in constants()["fitted_to"].items():
+        found = [store.load(path.parent) for path in sorted((common.ROOT / folder).glob("*/record.json"))]
+        records = [record for record in found if record.status == "ok" and record.task == task]
+        predictions = [predict(record) for record in records]
+        allocated, reserved, process = (
+            numpy.array([record.readings[key].value for record in records]) for key in MEMORY
+        )
+        moving = numpy.array([prediction.moving / 1e9 for prediction in predictions])
+        factors = numpy.stack([numpy.ones_like(moving), moving], axis=1) / allocated[:, None]
+        constant, share = numpy.linalg.lstsq(factors, (reserved - allocated) / allocated, rcond=None)[0]
+        context = (process - reserved).mean()
+        lines.append(
+            f"{task}: constant_gb {constant:.3f}, share {share:.4f}, context_gb {context:.3f}, n = {len(records)}"
+        )
+    return "\n".join(lines)
+
+
 FULL = (("float32", "AdamW", []), ("bfloat16", "AdamW", []), ("bfloat16", "SGD", ["optimizer=sgd"]))
 
 
@@ -356,6 +380,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
     parser.add_argument("--article", action="store_true", help="the company article's figures beside the planner's")
+    parser.add_argument("--fit", action="store_true", help="print the constants of planning/measured.yaml anew")
     parser.add_argument("--bases", nargs="+", choices=ROWS, default=list(ROWS), metavar="BASE", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=60, help="start no row after so many (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny architecture: a try of the script itself")
@@ -364,6 +389,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
+        return 0
+    if args.fit:
+        print(fit())
         return 0
     if args.article:
         print(article())

@@ -58,7 +58,8 @@ def predict_answers(
     ]
     workspace = cublas_workspace(capability, threads=1)
     peak = max(moments, key=lambda moment: moment.allocated)
-    gaps = Gaps.of("infer").bytes(max(moment.moving for moment in moments))
+    moving = max(moment.moving for moment in moments)
+    gaps = Gaps.of("infer").bytes(moving)
     parts = {**peak.parts, "workspace": peak.parts["workspace"] + workspace, "fragmentation": gaps}
     reserved = peak.allocated + workspace + gaps
     return Prediction(
@@ -67,6 +68,7 @@ def predict_answers(
         reserved=reserved,
         process=reserved + context_bytes("infer"),
         moment=peak.name,
+        moving=moving,
     )
 
 

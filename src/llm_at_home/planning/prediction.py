@@ -43,6 +43,7 @@ class Prediction:
         reserved: ``torch_reserved_peak``.
         process: ``process_memory_peak``, the CUDA context included.
         moment: which moment is the peak.
+        moving: what comes and goes, at the moment that has most of it.
         host: what waits in the host's memory: paged or offloaded.
         trained: parameters that take gradients.
         notes: what the figures leave out, or were not measured on.
@@ -53,6 +54,7 @@ class Prediction:
     reserved: float
     process: float
     moment: str
+    moving: float
     host: float = 0.0
     trained: int = 0
     notes: tuple[str, ...] = field(default=())

@@ -46,7 +46,8 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
     workspace = cublas_workspace(capability, threads=2)
     peak = max(moments, key=lambda moment: moment.allocated)
     # What the allocator once took it keeps: the gaps are those of the moment with most that comes and goes.
-    gaps = Gaps.of("train").bytes(max(moment.moving for moment in moments))
+    moving = max(moment.moving for moment in moments)
+    gaps = Gaps.of("train").bytes(moving)
     parts = {**peak.parts, "workspace": peak.parts.get("workspace", 0.0) + workspace, "fragmentation": gaps}
     allocated = peak.allocated + workspace
     host = optimizer.paged + (_boundaries(config, shape, batch) if _memory(config)["offload"] else 0.0)
@@ -56,6 +57,7 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
         reserved=allocated + gaps,
         process=allocated + gaps + context_bytes("train"),
         moment=peak.name,
+        moving=moving,
         host=host,
         trained=trained,
         notes=tuple(_notes(config, shape, batch)),
