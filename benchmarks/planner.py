@@ -278,14 +278,14 @@ def measure(args: argparse.Namespace) -> int:
     return int(bool(left))
 
 
-def table(folder: Path) -> str:
-    """Predicted and measured peaks of the records below a folder, as Markdown."""
+def table(folders: list[Path]) -> str:
+    """Predicted and measured peaks of the records below these folders, as Markdown."""
     titles = ["row"]
     for key in MEMORY:
         titles += [f"{key.replace('_', ' ')} (GB)", "predicted", "error (%)"]
     lines = [[*titles, "peak at"]]
     worst: dict[str, list[float]] = {key: [] for key in MEMORY}
-    for path in sorted(folder.glob("*/record.json")):
+    for path in [path for folder in folders for path in sorted(folder.glob("*/record.json"))]:
         record = store.load(path.parent)
         if record.status != "ok":
             lines.append([f"{path.parent.name} ({record.status})", *[common.DASH] * (3 * len(MEMORY) + 1)])
@@ -378,7 +378,7 @@ def predict(record: Record) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
-    parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FOLDER", help="print the table of these records")
     parser.add_argument("--article", action="store_true", help="the company article's figures beside the planner's")
     parser.add_argument("--fit", action="store_true", help="print the constants of planning/measured.yaml anew")
     parser.add_argument("--bases", nargs="+", choices=ROWS, default=list(ROWS), metavar="BASE", help=", ".join(ROWS))

@@ -32,7 +32,7 @@ def training_flops(config: Mapping[str, Any], shape: Shape) -> float:
     tokens = batch.all_tokens * steps
     used = shape.linear_weights + shape.expert_weights * shape.experts_per_token / max(1, shape.experts)
     layers = used + (adapters.trained_parameters(shape, config["adapter"]) if _beside(config) else 0)
-    passes = 4 + (2 if config["adapter"]["trains"] == "all" else 0)
+    passes = 4.0 + (2 if config["adapter"]["trains"] == "all" else 0)
     passes += 2 * recomputed_layers(config, shape) / shape.layers
     return tokens * (passes * layers + 4 * shape.vocabulary * shape.hidden)
 
