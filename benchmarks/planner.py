@@ -3,6 +3,7 @@
     python benchmarks/planner.py --out results/h100/planner --minutes 8     # an H100
     python benchmarks/planner.py --table results/h100/planner               # predicted against measured, anywhere
     python benchmarks/planner.py --article                                  # beside the article's figures
+    python benchmarks/planner.py --cards                                    # largest model, longest context by card
     python benchmarks/planner.py --fit                                      # the constants that were fitted
     python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu              # a try without a GPU
 
@@ -353,10 +354,27 @@ def fit() -> str:
     return "\n".join(lines)
 
 
+def cards() -> str:
+    """The largest model of conf/model that trains on cards of five sizes, and the longest contexts, as Markdown."""
+    titles = ["card", "memory (GB)", "largest model", "its process (GB)", "its longest context"]
+    lines = [[*titles, *(f"longest context of {model}" for model in CONTEXTS)]]
+    names = sorted(path.stem for path in (common.ROOT / "conf" / "model").glob("*.yaml") if path.stem != "custom")
+    for card in ("rtx4060", "t4", "rtx4090", "a6000", "h100"):
+        plans = {name: _plan(f"model={name}", "quant=nf4_nested", *SMALLEST, card=card) for name in names}
+        fitting = [plan for plan in plans.values() if plan.fits]
+        largest = max(fitting, key=lambda plan: plan.shape.parameters)
+        cells = [card, f"{largest.target.memory:.2f}", largest.shape.name, f"{largest.prediction.process / 1e9:.2f}"]
+        for plan in (largest, *(plans[name] for name in CONTEXTS)):
+            cells.append(common.text(plan.figures["longest_context"], 0))
+        lines.append(cells)
+    return common.markdown(lines)
+
+
+CONTEXTS = ("llama2_7b", "mistral_7b")
 FULL = (("float32", "AdamW", []), ("bfloat16", "AdamW", []), ("bfloat16", "SGD", ["optimizer=sgd"]))
 
 
-def _plan(*words: str) -> Any:
+def _plan(*words: str, card: str = "h200") -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -365,7 +383,7 @@ def _plan(*words: str) -> Any:
 
     with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("plan", list(words)), resolve=True)
-    return make(config, Target.of(load_catalogue()["h200"]), [])
+    return make(config, Target.of(load_catalogue()[card]), [])
 
 
 def predict(record: Record) -> Any:
@@ -380,6 +398,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FOLDER", help="print the table of these records")
     parser.add_argument("--article", action="store_true", help="the company article's figures beside the planner's")
+    parser.add_argument("--cards", action="store_true", help="the largest model and longest context of five cards")
     parser.add_argument("--fit", action="store_true", help="print the constants of planning/measured.yaml anew")
     parser.add_argument("--bases", nargs="+", choices=ROWS, default=list(ROWS), metavar="BASE", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=60, help="start no row after so many (default: %(default)s)")
@@ -392,6 +411,9 @@ def main() -> int:
         return 0
     if args.fit:
         print(fit())
+        return 0
+    if args.cards:
+        print(cards())
         return 0
     if args.article:
         print(article())
