@@ -11,11 +11,11 @@ from llm_at_home.planning.training import batch_of, predict_training
 CASES = {
     "LoRA": [],
     "LoRA on nf4": ["quant=nf4"],
-    "AdaLoRA in float32": ["adapter=adalora", "dtype=float32"],
     "LoKr on nf4": ["adapter=lokr", "quant=nf4"],
-    "every weight": ["adapter=full"],
 }
 FURTHER_CASES = {
+    "AdaLoRA in float32": ["adapter=adalora", "dtype=float32"],
+    "every weight": ["adapter=full"],
     "LoRA on int8": ["quant=int8"],
     "LoRA in float32": ["dtype=float32"],
     "AdaLoRA": ["adapter=adalora"],
@@ -30,11 +30,9 @@ FURTHER_CASES = {
     "IA3 on nf4": ["adapter=ia3", "quant=nf4"],
     "layer norms": ["adapter=layernorm"],
 }
-PEAKS = [
-    ([], {"num_key_value_heads": 2}),
-    (["quant=nf4", "memory.loss_tokens=32", "memory.checkpointing=full"], {}),
-]
+PEAKS = [(["quant=nf4", "memory.loss_tokens=32", "memory.checkpointing=full"], {"num_key_value_heads": 2})]
 FURTHER_PEAKS = [
+    ([], {"num_key_value_heads": 2}),
     (["quant=nf4", "memory.checkpointing=full"], {}),
     (["quant=nf4", "memory.checkpointing=2"], {}),
     (["memory.loss_tokens=32"], {}),
