@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,13 @@ def test_the_predicted_peaks_are_within_five_per_cent(row):
 
 def test_there_are_at_least_twelve_of_them():
     assert len(RECORDS) >= 12
+
+
+def test_the_constants_are_those_that_the_fit_gives():
+    command = [sys.executable, "benchmarks/planner.py", "--fit"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for task, line in zip(("train", "infer"), said.splitlines(), strict=True):
+        constant, share, context = map(float, re.findall(r"(?:_gb|share) ([\d.]+)", line))
+        kept = constants()["reserved_beyond_allocated"][task]
+        assert (kept["constant_gb"], kept["share"]) == pytest.approx((constant, share), rel=0.02)
+        assert constants()["context_gb"][task] == pytest.approx(context, rel=0.01)

@@ -20,8 +20,8 @@ LOSS_BACKWARD = 12
 # What a layer's backward pass needs beside what it kept, in widths of the feed-forward block: the gradients of the
 # product and of both its factors. A recomputed layer is at its peak earlier, with the product's alone, or where the
 # adapter's layers copy their input in float32 (copied), at the end of its second forward pass. Read off real passes.
-KEPT_WIDTHS = 3.0
-RECOMPUTED_WIDTHS = {"shared": 1.0, "copied": 5.0}
+KEPT_WIDTHS = (3.0, 1.0)  # of the block's inner width, and of the stream's
+RECOMPUTED_WIDTHS = {"shared": (1.0, 1.0), "copied": (5.0, 1.0), "float32": (1.0, 2.5)}
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,14 @@ def _kept_inputs(shape: Shape, added: Kept, each: int) -> float:
 
 
 def _copying(config: Mapping[str, Any], each: int) -> str:
-    dense = each == 2 and config["quant"]["method"] in ("dense", "torchao")
+    if each == 4:
+        return "float32"
+    dense = config["quant"]["method"] in ("dense", "torchao")
     return "copied" if dense and adapters.kind(config["adapter"]) in (adapters.LORA, adapters.ADALORA) else "shared"
 
 
-def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, widths: float) -> float:
-    values = batch.all_tokens * (widths * shape.inner * shape.experts_per_token + shape.hidden)
+def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, widths: tuple[float, float]) -> float:
+    values = batch.all_tokens * (widths[0] * shape.inner * shape.experts_per_token + widths[1] * shape.hidden)
     widest = max((linear.weights for linear in shape.linears()), default=0)
     passing = each * values
     if config["quant"]["method"] != "dense":
