@@ -4,7 +4,7 @@ PY := .venv/bin/python
 DEMO ?= multirun/demo
 STUDY ?= multirun/study
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize prune merge test test-slow lint format report readme ui rate study clean
+.PHONY: help setup demo plan quantize prune merge test test-slow lint format report readme ui rate study clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ quantize: setup ## make a quantized checkpoint ahead of its use: make quantize A
 
 prune: setup ## make a pruned checkpoint ahead of its use: make prune ARGS="prune=wanda prune.pattern=2:4"
 	$(PY) -m llm_at_home.tasks.prune $(ARGS)
+
+plan: setup ## what a run takes of a GPU, before it starts: make plan ARGS="model=llama2_7b quant=nf4 adapter=lora gpu=rtx4090"
+	$(PY) -m llm_at_home.planning $(ARGS)
 
 merge: setup ## merge an adapter into its base: make merge ARGS="adapter_path=RUN_FOLDER out=my-model gguf=Q8_0"
 	$(PY) -m llm_at_home.tasks.merge $(ARGS)

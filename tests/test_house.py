@@ -28,6 +28,7 @@ FLOORS = {
     "adapters": 7,
     "training": 8,
     "generation": 8,
+    "planning": 8,
     "evaluation": 9,
     "human": 9,
     "reporting": 10,

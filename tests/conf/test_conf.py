@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.adapters.attach import OWN_KEYS, rank_schedule
-from llm_at_home.tasks import resolve
+from llm_at_home.tasks import planned, resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = ("train", "infer", "evaluate", "quantize", "prune", "merge")
@@ -86,7 +86,8 @@ def paths_to_targets(node, prefix=""):
 def test_every_target_is_real_and_takes_its_arguments(path, key):
     config = OmegaConf.load(path)
     node = OmegaConf.select(config, key) if key else config
-    keys = [key for key in node if key not in (*OWN_KEYS, "defaults") and not OmegaConf.is_interpolation(node, key)]
+    own = (*OWN_KEYS, planned.KEY, "defaults")
+    keys = [key for key in node if key not in own and not OmegaConf.is_interpolation(node, key)]
     values = {key: node[key] for key in keys}
     if "schedule" in node:
         values |= rank_schedule(node["schedule"], 100)  # which is counted when the run's steps are known

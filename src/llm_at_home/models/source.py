@@ -17,10 +17,14 @@ from llm_at_home.paths import cache_dir
 EMBEDDED = "embedded"
 EMBEDDED_SHAPE = {
     "model_type": "llama",
+    "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
+    "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }
 # Architectures whose linear layers read the residual stream, the attention's output or the MLP's inner channels.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi3", "olmo2", "granite")
@@ -108,11 +112,14 @@ def _hub_folder(source: str) -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}"
 
 
-def shape(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model's configuration as far as it is known without loading or downloading; else empty."""
-    if model["weights"] == "random" and model["architecture"]:
-        return model["architecture"]
-    return EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
+def shape(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's configuration as ``config.json`` has it, without loading: empty where it is not on this machine.
+
+    The ``architecture`` of the group describes its own source, also where that is not downloaded.
+    """
+    if model["architecture"]:
+        return dict(model["architecture"])
+    return dict(EMBEDDED_SHAPE) if model["source"] == EMBEDDED else _shape(model)
 
 
 def widths(model: Mapping[str, Any]) -> frozenset[int]:

@@ -41,6 +41,12 @@ def human_grades(quant: str, adapter: str) -> dict[str, Any] | None:
     return next((row for row in rows if row["quant"] == quant and (bare or row["adapter"] == adapter)), None)
 
 
+def article_memory() -> dict[str, Any]:
+    """What the company article says of memory: ``rows`` for inference, and ``full_finetuning_gb_per_billion``."""
+    found: dict[str, Any] = _published()["article_memory"]
+    return found
+
+
 def counterpart(record: Record) -> dict[str, Any] | None:
     """The row of Table I with this quantization (and, of dense weights, this dtype), or None."""
     return _alike(record, table1()["rows"])

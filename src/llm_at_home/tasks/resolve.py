@@ -29,6 +29,7 @@ from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
+from llm_at_home.tasks import planned
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
@@ -84,7 +85,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
         config["trainer"]["precision"] = PRECISION[config["dtype"]]
-    return config
+    return planned.settle(config) if "trainer" in config else config
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import helper
+from llm_at_home.tasks.planned import predicted
 from llm_at_home.tasks.resolve import SYNTHETIC
 
 
@@ -30,6 +31,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
     seed_everything(config["seed"], verbose=False)
     helper.use_own_device(config)
+    record.readings |= predicted(config)
     callbacks = _callbacks(config, folder, tracker)
     try:
         _fit(config, folder, record, callbacks)

@@ -1,0 +1,70 @@
+"""``python -m llm_at_home.planning [group=choice] [key=value]`` prints what a run takes of a GPU, and runs nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm_at_home.errors import Refusal
+from llm_at_home.hardware.catalogue import Card, is_card, load_catalogue
+from llm_at_home.hardware.present import present_gpus
+from llm_at_home.planning.plan import ANY_CAPABILITY, Target, make
+from llm_at_home.planning.text import as_text, as_values
+
+OUTPUTS = ("table", "json")
+EXIT_REFUSED = 2
+
+
+def target_of(gpu: dict[str, Any]) -> Target:
+    """What ``gpu=`` means to the planner: any card of the catalogue, present or not, or the one that is present.
+
+    Raises:
+        Refusal: for the CPU.
+    """
+    if is_card(gpu):
+        return Target.of(Card.from_config(gpu))
+    if gpu["device"] == "cpu":
+        raise Refusal("the planner predicts the memory of a GPU: name one, such as gpu=rtx4090")
+    present = present_gpus()
+    if present:
+        return Target(gpu["name"], present[0].memory, present[0].compute_capability)
+    if gpu["device"] == "cuda":
+        raise Refusal("gpu=cuda is the GPU that is present, and none is: name a card, such as gpu=rtx4090")
+    return Target(gpu["name"], None, ANY_CAPABILITY)
+
+
+def answer(composed: DictConfig) -> str:
+    """The plan of a composed configuration, as ``out=`` says.
+
+    Raises:
+        Refusal: with one line that says what to change.
+    """
+    try:
+        config: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise Refusal(str(error).splitlines()[0]) from error
+    if config["out"] not in OUTPUTS:
+        raise Refusal(f"out={config['out']} is unknown: choose one of {', '.join(OUTPUTS)}")
+    if config["model"]["name"] is None:
+        config["model"]["name"] = str(config["model"]["source"]).rstrip("/").rpartition("/")[2]
+    plan = make(config, target_of(config["gpu"]), list(load_catalogue().values()))
+    return as_text(plan) if config["out"] == "table" else json.dumps(as_values(plan), indent=1)
+
+
+@hydra.main(version_base="1.3", config_path="../../../conf", config_name="plan")
+def main(config: DictConfig) -> None:
+    """Print the plan; exit code 2 where it is refused."""
+    try:
+        print(answer(config))
+    except Refusal as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+
+
+if __name__ == "__main__":
+    main()
