@@ -25,7 +25,7 @@ def test_add_rms_norm(has_delta: bool) -> None:
 @pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 24)])
 def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int) -> None:
     capacity, sequences = 200, 3
-    positions = torch.tensor([0, 63, 199])
+    positions, places = torch.tensor([0, 63, 199]), torch.tensor([0, 1, 2])
     projected = drawn(sequences, (query_heads + 2 * key_heads) * size)
     heads = projected.view(sequences, -1, size)  # parts of longer rows, as a joined projection gives them
     q, k, v = heads.split([query_heads, key_heads, key_heads], dim=1)
@@ -33,9 +33,9 @@ def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int
     tables = tuple(f(torch.cat([angles, angles], -1)) for f in (torch.cos, torch.sin))
     keys, values = drawn(sequences, key_heads, capacity, size), drawn(sequences, key_heads, capacity, size) + 1
     wide = [t.double() for t in (keys, values)]
-    found = kernels.rotate_and_store(q, k, v, tables, positions, keys, values)
+    found = kernels.rotate_and_store(q, k, v, tables, positions, places, keys, values)
     expected = reference.rotate_and_store(
-        q.double(), k.double(), v.double(), tuple(t.double() for t in tables), positions, *wide
+        q.double(), k.double(), v.double(), tuple(t.double() for t in tables), positions, places, *wide
     )
     for ours, theirs in ((found, expected), (keys, wide[0]), (values, wide[1])):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
@@ -46,6 +46,16 @@ def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int
             scores = wide[0][i, source, : at + 1] @ expected[i, head] * size**-0.5
             value = scores.softmax(0) @ wide[1][i, source, : at + 1]
             torch.testing.assert_close(attended[i, head].double(), value, atol=1e-5, rtol=0)
+
+
+def test_tokens_of_one_sequence_go_to_its_place() -> None:
+    keys, values = torch.zeros(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)
+    tables = (torch.ones(8, 4), torch.zeros(8, 4))
+    k, v = drawn(3, 1, 4), drawn(3, 1, 4)
+    kernels.rotate_and_store(k, k, v, tables, torch.tensor([4, 5, 6]), torch.tensor([1, 1, 1]), keys, values)
+    assert torch.equal(keys[1, 0, 4:7], k[:, 0])
+    assert torch.equal(values[1, 0, 4:7], v[:, 0])
+    assert not keys[0].any()
 
 
 def test_attention_is_the_same_in_parts_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:

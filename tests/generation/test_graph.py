@@ -62,6 +62,36 @@ def test_an_answer_may_be_followed_by_another(graph: GraphEngine, model: Any, pr
     assert len(found) == 8
     longer = [*prompts[1], *found[1].tokens, *prompts[0]]
     assert found[1, "second"].tokens == EagerEngine(model, None, 3).reply(longer, Sampling(3)).tokens
+    # Each follow-up found the place of its own conversation: all but the last answered token had been read there.
+    assert [found[i, "second"].reused_tokens for i in range(4)] == [len(prompt) + 3 for prompt in prompts]
+    assert [found[i].reused_tokens for i in range(2)] == [0, 0]
+
+
+def test_a_conversation_goes_on_where_it_stopped(
+    graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    first = graph.reply(prompts[1], Sampling(6))
+    longer = [*prompts[1], *first.tokens, *prompts[3]]
+    (expected,) = eager_tokens(model, tokenizer, [longer])
+    again = graph.reply(longer, Sampling(TOKENS))
+    assert again.tokens == expected
+    assert again.reused_tokens == len(prompts[1]) + 5
+    changed = [*longer[:10], longer[10] + 1, *longer[11:]]
+    (expected,) = eager_tokens(model, tokenizer, [changed])
+    assert graph.reply(changed, Sampling(TOKENS)).reused_tokens == 10
+    assert graph.reply(changed, Sampling(TOKENS)).tokens == expected
+    graph.forget()
+    assert graph.reply(changed, Sampling(TOKENS)).reused_tokens == 0
+
+
+def test_long_prompts_are_read_in_parts(
+    graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_at_home.generation.static import slots
+
+    monkeypatch.setattr(slots, "PROMPT_PART", 7)
+    (expected,) = eager_tokens(model, tokenizer, [prompts[2]])
+    assert graph.reply(prompts[2], Sampling(TOKENS)).tokens == expected
 
 
 def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:

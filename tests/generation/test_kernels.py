@@ -17,4 +17,4 @@ def test_the_kernels_compute_what_float64_does() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout

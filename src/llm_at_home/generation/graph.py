@@ -68,6 +68,15 @@ class GraphEngine(EagerEngine):
         super().use_adapter(name)
         self._slots = None
 
+    def close(self) -> None:
+        """Let go of the cache and the graphs; the next answer makes them anew."""
+        self._slots = None
+
+    def forget(self) -> None:
+        """Read every prompt anew, also one that begins as an earlier conversation did."""
+        if self._slots is not None:
+            self._slots.forget()
+
     def reply(
         self,
         prompt: Sequence[int],
@@ -83,6 +92,7 @@ class GraphEngine(EagerEngine):
         start = time.perf_counter()
         slots = self._room(1, len(prompt) + sampling.max_new_tokens)
         tokens = [slots.admit(0, prompt, sampling)]
+        reused = slots.reused
         clock.put(torch.tensor(tokens))
         ends = set() if sampling.ignore_eos else self._eos_ids()
         stopped = False
@@ -97,7 +107,8 @@ class GraphEngine(EagerEngine):
             tokens += arriving.wait()
             clock.put(torch.tensor(tokens[-1:]))
         clock.end()
-        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times))
+        slots.release(0, tokens)
+        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times, reused=reused))
         if stopped:
             reply.finish_reason = "stopped"
         return reply
@@ -138,17 +149,19 @@ class GraphEngine(EagerEngine):
         ends = self._eos_ids()
         try:
             while waiting or running:
-                for slot in range(slots.count):
-                    while slot not in running and waiting:
-                        key, (prompt, sampling) = waiting.pop()
-                        start = time.perf_counter()
-                        token = slots.admit(slot, prompt, sampling)
-                        one = _Sequence(prompt, sampling, start, [token], [time.perf_counter()], key)
-                        if not one.is_done(ends):
-                            running[slot] = one
-                            continue
-                        slots.release(slot)
+                free = [slot for slot in range(slots.count) if slot not in running]
+                while free and waiting:
+                    key, (prompt, sampling) = waiting.pop()
+                    slot = slots.closest(prompt, free)
+                    start = time.perf_counter()
+                    token = slots.admit(slot, prompt, sampling)
+                    one = _Sequence(prompt, sampling, start, [token], [time.perf_counter()], key, slots.reused)
+                    if one.is_done(ends):
+                        slots.release(slot, one.tokens)
                         yield key, self._finish(one, then, waiting)
+                    else:
+                        running[slot] = one
+                        free.remove(slot)
                 if not running:
                     continue
                 tokens = slots.launch().wait()
@@ -158,11 +171,11 @@ class GraphEngine(EagerEngine):
                     one.times.append(now)
                     if one.is_done(ends):
                         del running[slot]
-                        slots.release(slot)
+                        slots.release(slot, one.tokens)
                         yield one.key, self._finish(one, then, waiting)
         finally:
-            for slot in running:
-                slots.release(slot)
+            for slot, one in running.items():
+                slots.release(slot, one.tokens)
 
     def _finish(self, one: _Sequence, then: Any, waiting: list[Any]) -> Reply:
         reply = self._reply(one)
@@ -175,7 +188,7 @@ class GraphEngine(EagerEngine):
         steps = [b - a for a, b in zip(one.times, one.times[1:], strict=False)]
         first = one.times[0] - one.start
         reason = self._finish_reason(one.tokens)
-        return Reply(self._decode(one.tokens), one.tokens, len(one.prompt), reason, first, steps)
+        return Reply(self._decode(one.tokens), one.tokens, len(one.prompt), reason, first, steps, one.reused)
 
     def _room(self, count: int, tokens: int) -> Slots:
         """Places for sequences of so many tokens; those there are kept if they are enough."""
@@ -198,6 +211,7 @@ class _Sequence:
     tokens: list[int]
     times: list[float] = field(default_factory=list)
     key: Any = None
+    reused: int = 0
 
     def is_done(self, ends: set[int]) -> bool:
         """Whether the last token was the last one."""

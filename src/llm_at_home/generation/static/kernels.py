@@ -74,6 +74,7 @@ def _rotate_and_store(
     cos,
     sin,
     positions,
+    places,
     q_row,
     k_row,
     v_row,
@@ -83,28 +84,29 @@ def _rotate_and_store(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     size = 2 * HALF
-    at = tl.load(positions + sequence)
+    at = tl.load(positions + token)
+    place = tl.load(places + token)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < HALF
     # Both halves of a table row are the same angles.
     c = tl.load(cos + at * size + lanes, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + at * size + lanes, mask=inside, other=0.0).to(tl.float32)
     if head < QUERY_HEADS:
-        source = q + sequence * q_row + head * size
-        target = rotated + (sequence * QUERY_HEADS + head) * size
+        source = q + token * q_row + head * size
+        target = rotated + (token * QUERY_HEADS + head) * size
     else:
-        source = k + sequence * k_row + (head - QUERY_HEADS) * size
-        target = keys + ((sequence * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
+        source = k + token * k_row + (head - QUERY_HEADS) * size
+        target = keys + ((place * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
     low = tl.load(source + lanes, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + HALF + lanes, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + lanes, low * c - high * s, mask=inside)
     tl.store(target + HALF + lanes, high * c + low * s, mask=inside)
     if head >= QUERY_HEADS:
-        source = v + sequence * v_row + (head - QUERY_HEADS) * size
-        target = values + ((sequence * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
+        source = v + token * v_row + (head - QUERY_HEADS) * size
+        target = values + ((place * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
         tl.store(target + lanes, tl.load(source + lanes, mask=inside), mask=inside)
         tl.store(target + HALF + lanes, tl.load(source + HALF + lanes, mask=inside), mask=inside)
 
@@ -115,28 +117,30 @@ def rotate_and_store(
     v: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
+    places: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotary embedding (Su et al. 2021) of one token of each sequence, whose key and value go into the cache.
+    """Rotary embedding (Su et al. 2021) of tokens, whose keys and values go into the cache.
 
     Args:
-        q: of shape (sequences, query heads, size); a row may be part of a longer one.
-        k: of shape (sequences, key heads, size).
+        q: of shape (tokens, query heads, size); a row may be part of a longer one.
+        k: of shape (tokens, key heads, size).
         v: the same.
         tables: cosine and sine of shape (capacity, size).
-        positions: of the tokens, int64 of shape (sequences,).
-        keys: the cache, of shape (sequences, key heads, capacity, size); written at ``positions``.
+        positions: of the tokens in their sequences, int64 of shape (tokens,).
+        places: of their sequences in the cache, the same.
+        keys: the cache, of shape (sequences, key heads, capacity, size); written at ``places`` and ``positions``.
         values: the same.
 
     Returns:
         The rotated queries, of q's shape.
     """
-    sequences, query_heads, size = q.shape
+    tokens, query_heads, size = q.shape
     key_heads, capacity = keys.shape[1], keys.shape[2]
-    rotated = torch.empty((sequences, query_heads, size), dtype=q.dtype, device=q.device)
+    rotated = torch.empty((tokens, query_heads, size), dtype=q.dtype, device=q.device)
     half = size // 2
-    _rotate_and_store[(sequences, query_heads + key_heads)](
+    _rotate_and_store[(tokens, query_heads + key_heads)](
         q,
         k,
         v,
@@ -145,6 +149,7 @@ def rotate_and_store(
         values,
         *tables,
         positions,
+        places,
         q.stride(0),
         k.stride(0),
         v.stride(0),

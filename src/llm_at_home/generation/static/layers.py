@@ -1,12 +1,13 @@
-"""One decode step of a Llama-family decoder, whatever its linear layers are: dense, quantized, with adapters."""
+"""A Llama-family decoder over a static cache, whatever its linear layers are: dense, quantized, with adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from llm_at_home.generation.static.joined import is_plain, join
 
@@ -41,7 +42,7 @@ def decoder_of(model: Any) -> tuple[Any, Any]:
             raise Unsupported(f"its layers are {type(layer).__name__}, not one of {', '.join(KNOWN_LAYERS)}")
         if not isinstance(layer.mlp.act_fn, nn.SiLU) and type(layer.mlp.act_fn).__name__ != "SiLUActivation":
             raise Unsupported(f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU")
-        if getattr(layer.self_attn, "sliding_window", None):
+        if getattr(layer.self_attn, "sliding_window", getattr(causal.config, "sliding_window", None)):
             raise Unsupported("its attention has a sliding window")
     kind = (getattr(causal.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in MOVING_ROTARY:
@@ -55,8 +56,8 @@ def uncapturable(model: Any) -> str | None:
     return next((why for name, why in UNCAPTURABLE.items() if name in names), None)
 
 
-class Step:
-    """The next logits of each sequence, by one token more.
+class Decoder:
+    """What a decoder computes: a prompt, and then one token of each sequence at a time.
 
     Args:
         model: a causal language model that :func:`decoder_of` knows.
@@ -80,38 +81,95 @@ class Step:
         self.tables = (cos[0].contiguous(), sin[0].contiguous())
         self.blocks = [_Block(layer, operations) for layer in self.decoder.layers]
 
-    def __call__(
+    def next_token(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
+        last: torch.Tensor,
+        places: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Logits of shape (sequences, vocabulary), in the model's dtype.
+        """Logits of shape (sequences, vocabulary) after one more token of each, in the model's dtype.
 
         Args:
             tokens: the last token of each sequence, int64 of shape (sequences,).
             positions: where they stand, the same.
+            last: up to where each looks, the same; its position, or less where nobody wants its token.
+            places: 0, 1, 2, ..., the same.
             keys: the cache of each layer, of shape (sequences, key heads, capacity, size); written at ``positions``.
             values: the same.
         """
+
+        def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
+            return self.operations.attend(q, key_cache, value_cache, last, self.scale)
+
+        return self.product(self._run(tokens, positions, places, keys, values, attend))[:, 0]
+
+    def prompt(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        place: int,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Logits of shape (1, vocabulary) after a prompt, or after the rest of one whose beginning is in the cache.
+
+        Args:
+            tokens: the prompt from ``start`` on, int64 of shape (tokens,).
+            start: how many tokens the cache holds already.
+            place: of the sequence in the cache.
+            keys: as above; written from ``start`` on.
+            values: the same.
+        """
+        count = tokens.shape[0]
+        positions = torch.arange(start, start + count, device=tokens.device)
+        places = torch.full_like(positions, place)
+        seen = None
+        if start:
+            seen = torch.arange(start + count, device=tokens.device) <= positions[:, None]
+
+        def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
+            part = slice(place, place + 1), slice(None), slice(start + count)
+            found = functional.scaled_dot_product_attention(
+                q.transpose(0, 1)[None],
+                key_cache[part],
+                value_cache[part],
+                attn_mask=seen,
+                is_causal=seen is None,
+                scale=self.scale,
+                enable_gqa=q.shape[1] != key_cache.shape[1],
+            )
+            return found[0].transpose(0, 1)
+
+        return self.product(self._run(tokens, positions, places, keys, values, attend)[-1:])[:, 0]
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The last hidden states, of shape (tokens, 1, width)."""
         ops = self.operations
         hidden = self.decoder.embed_tokens(tokens[:, None])
         delta = None
-        sequences = tokens.shape[0]
+        count = tokens.shape[0]
         for block, key_cache, value_cache in zip(self.blocks, keys, values, strict=True):
             hidden, normed = ops.add_rms_norm(hidden, delta, block.input_norm.weight, block.input_norm.variance_epsilon)
-            q, k, v = (part.view(sequences, -1, self.head_dim) for part in block.project(normed))
+            q, k, v = (part.view(count, -1, self.head_dim) for part in block.project(normed))
             if block.q_norm is not None:
                 q, k = block.q_norm(q), block.k_norm(k)
-            q = ops.rotate_and_store(q, k, v, self.tables, positions, key_cache, value_cache)
-            attended = ops.attend(q, key_cache, value_cache, positions, self.scale)
-            delta = block.out(attended.view(sequences, 1, -1))
+            q = ops.rotate_and_store(q, k, v, self.tables, positions, places, key_cache, value_cache)
+            delta = block.out(attend(q, key_cache, value_cache).reshape(count, 1, -1))
             hidden, normed = ops.add_rms_norm(hidden, delta, block.post_norm.weight, block.post_norm.variance_epsilon)
             delta = block.down(ops.silu_multiply(*block.gate_and_up(normed)))
         norm = self.decoder.norm
-        _, normed = ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)
-        return self.product(normed)[:, 0]
+        return ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)[1]
 
 
 class _Block:

@@ -22,14 +22,14 @@ def rotate_and_store(
     v: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
+    places: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
     """See ``kernels.rotate_and_store``."""
     cos, sin = (table[positions].unsqueeze(1) for table in tables)
-    rows = torch.arange(q.shape[0], device=q.device)
-    keys[rows, :, positions] = _rotated(k, cos, sin)
-    values[rows, :, positions] = v
+    keys[places, :, positions] = _rotated(k, cos, sin)
+    values[places, :, positions] = v
     return _rotated(q, cos, sin)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from llm_at_home.generation.reply import Sampling
-from llm_at_home.generation.static.layers import Step
+from llm_at_home.generation.static.layers import Decoder
+
+
+PROMPT_PART = 4096  # tokens of a prompt that are read at once, which bounds the memory of its activations
 
 
 class Slots:
@@ -29,15 +32,18 @@ class Slots:
     def __init__(
         self, model: Any, count: int, capacity: int, operations: Any, capture: bool, end_ids: Sequence[int]
     ) -> None:
-        self.model, self.count, self.capacity, self.capture = model, count, capacity, capture
-        self.step = Step(model, operations, capacity)
-        weight = self.step.decoder.embed_tokens.weight
+        self.count, self.capacity, self.capture = count, capacity, capture
+        self.decoder = Decoder(model, operations, capacity)
+        weight = self.decoder.decoder.embed_tokens.weight
         self.device = weight.device
-        config = self.step.decoder.config
-        shape = (count, config.num_key_value_heads, capacity, self.step.head_dim)
-        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=self.device) for _ in self.step.blocks]
+        config = self.decoder.decoder.config
+        shape = (count, config.num_key_value_heads, capacity, self.decoder.head_dim)
+        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=self.device) for _ in self.decoder.blocks]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.end_ids = list(end_ids)
+        self.places = torch.arange(count, device=self.device)
+        self.reused = 0  # tokens of the last prompt that were not read again
+        self._read: list[list[int]] = [[] for _ in range(count)]  # whose keys and values each place holds
 
         def state(size: Any, dtype: torch.dtype, value: float = 0) -> torch.Tensor:
             return torch.full(size, value, dtype=dtype, device=self.device)
@@ -55,7 +61,7 @@ class Slots:
 
     @torch.inference_mode()
     def admit(self, slot: int, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Read a prompt into a place and return its first new token.
+        """Read a prompt into a place and return its first new token; what the place has read of it already is not read again.
 
         Args:
             slot: the place, whose earlier sequence is forgotten.
@@ -67,11 +73,13 @@ class Slots:
         """
         if len(prompt) + sampling.max_new_tokens >= self.capacity:
             raise ValueError(f"{len(prompt)} + {sampling.max_new_tokens} tokens do not fit into {self.capacity}")
-        ids = torch.tensor([list(prompt)], device=self.device)
-        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        for keys, values, layer in zip(self.keys, self.values, output.past_key_values.layers, strict=True):
-            keys[slot, :, : len(prompt)] = layer.keys[0]
-            values[slot, :, : len(prompt)] = layer.values[0]
+        known = self.reused = _shared_length(self._read[slot], prompt)
+        self._read[slot] = self._read[slot][:known]
+        ids = torch.tensor(list(prompt[known:]), device=self.device)
+        for start in range(0, len(ids), PROMPT_PART):
+            part = ids[start : start + PROMPT_PART]
+            logits = self.decoder.prompt(part, known + start, slot, self.keys, self.values)
+        self._read[slot] = list(prompt)
         self.positions[slot] = len(prompt)
         self.active[slot] = 1
         self.temperatures[slot] = sampling.temperature
@@ -85,15 +93,28 @@ class Slots:
                 self.noise = torch.full_like(self.forbidden, 0.5)
         self._draw()
         part = slice(slot, slot + 1)
-        self.tokens[part] = self._choose(output.logits[:, -1].float(), part, sampling.temperature > 0)
+        self.tokens[part] = self._choose(logits.float(), part, sampling.temperature > 0)
         return int(self.tokens[slot])
 
-    def release(self, slot: int) -> None:
-        """Empty a place."""
-        self.active[slot] = 0
-        self.positions[slot] = 0
+    def release(self, slot: int, answer: Sequence[int] = ()) -> None:
+        """Empty a place; what it has read is kept for a prompt that begins in the same way.
+
+        Args:
+            slot: the place.
+            answer: the tokens that were decoded there.
+        """
+        self._read[slot] += answer[:-1]  # the last one was never read
+        self.active[slot] = 0  # its position stays behind what is kept, since every step writes there
         self.temperatures[slot] = 0
         self.generators.pop(slot, None)
+
+    def closest(self, prompt: Sequence[int], free: Sequence[int]) -> int:
+        """Which of the free places has read most of a prompt already; else the one that has least to lose."""
+        return max(free, key=lambda slot: (_shared_length(self._read[slot], prompt), -len(self._read[slot])))
+
+    def forget(self) -> None:
+        """Read every prompt anew from now on."""
+        self._read = [[] for _ in range(self.count)]
 
     @torch.inference_mode()
     def launch(self) -> Arrival:
@@ -110,7 +131,8 @@ class Slots:
         return Arrival(self.tokens, self._arrived[self._turn])
 
     def _advance(self, sampled: bool) -> None:
-        logits = self.step(self.tokens, self.positions, self.keys, self.values).float()
+        last = self.positions * self.active  # empty places look at one token only
+        logits = self.decoder.next_token(self.tokens, self.positions, last, self.places, self.keys, self.values).float()
         self.tokens.copy_(self._choose(logits, slice(None), sampled))
         self.positions.add_(self.active)
 
@@ -130,8 +152,6 @@ class Slots:
     def _captured(self, sampled: bool) -> Any:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
         kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
-        rows = torch.arange(self.count, device=self.device)
-        cached = [(c, c[rows, :, kept[1]].clone()) for c in (*self.keys, *self.values)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -146,9 +166,13 @@ class Slots:
             self._advance(sampled)
         for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
             tensor.copy_(value)
-        for cache, value in cached:
-            cache[rows, :, kept[1]] = value
         return graph
+
+
+def _shared_length(read: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many of a prompt's first tokens a place has read; at least one is left, whose logits are wanted."""
+    most = min(len(read), len(prompt) - 1)
+    return next((i for i in range(most) if read[i] != prompt[i]), most)
 
 
 class Arrival:
