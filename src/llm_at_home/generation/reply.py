@@ -48,3 +48,4 @@ class Reply:
     finish_reason: str
     time_to_first_token: float | None = None
     intervals: list[float] = field(default_factory=list)
+    reused_tokens: int = 0  # of the prompt, which an earlier answer's cache held already

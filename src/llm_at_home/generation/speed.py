@@ -47,7 +47,7 @@ def speed_readings(passes: Sequence[Sequence[Sequence[Reply]]]) -> dict[str, Rea
 
 def _prefill_rate(batches: Sequence[Sequence[Reply]]) -> float:
     seconds = sum(batch[0].time_to_first_token or 0.0 for batch in batches)
-    return sum(reply.prompt_tokens for batch in batches for reply in batch) / seconds
+    return sum(reply.prompt_tokens - reply.reused_tokens for batch in batches for reply in batch) / seconds
 
 
 def _decode_rate(batches: Sequence[Sequence[Reply]]) -> float:

@@ -1,0 +1,277 @@
+"""MT-bench's 80 two-turn conversations in one stream: engine=graph against one-at-a-time generate.
+
+    python benchmarks/batch.py --out results/h100/batch                        # Llama-2-7B's shape, random weights
+    python benchmarks/batch.py --out FOLDER --model smollm2_135m --questions 4 --tokens 16 --places 2
+    python benchmarks/batch.py --table results/h100/batch
+
+Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or the
+lengths of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts have the real questions' lengths
+(benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds the first
+answer. Ours is all of them, with a place filled as soon as it is free; the reference answers a sample one at a time with
+generate's defaults, scaled to all tokens, which its row says. A method is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rows as common
+
+METHODS = {
+    "none": ["quant=none"],
+    "nf4": ["quant=nf4"],
+    "gptq": ["quant=gptq", "quant.group_size=128"],
+    "awq": ["quant=awq", "quant.group_size=128"],
+}
+PROMPTS = Path(__file__).with_name("mt_bench_prompts.json")
+GOALS = {"seconds": 100.0, "joules": 30.0}
+SPARE_BYTES = 5e9  # beside the weights and the cache: the prompts' activations, the graph, the allocator's slack
+
+
+def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Ours on everything and the reference on a sample, in this process."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.generation.eager import EagerEngine
+    from llm_at_home.generation.graph import GraphEngine
+    from llm_at_home.generation.reply import Sampling
+    from llm_at_home.quantization.base import load_base
+    from llm_at_home.records.provenance import collect
+    from llm_at_home.tasks import resolve
+
+    words = [f"model={args.model}", "questions=synthetic", "logger=none", *METHODS[method], *args.overrides]
+    if args.model != "smollm2_135m":
+        words.append("model.weights=random")
+    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    device = config["gpu"]["device"]
+    model = load_base(config)
+    own = json.loads(PROMPTS.read_text())["tokens"][: args.questions]
+    lengths = json.loads(args.lengths.read_text()) if args.lengths else [[args.tokens] * 2] * len(own)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(0, model.config.vocab_size, (count,), generator=generator).tolist()
+
+    firsts, added = [ids(first) for first, _ in own], [ids(second) for _, second in own]
+    longest = max(a + b + sum(new) for (a, b), new in zip(own, lengths, strict=True))
+    places = args.places or _places(model, longest, len(own))
+    engine = GraphEngine(model, None, args.tokens, batch_size=places)
+
+    def then(key: Any, reply: Any) -> Any:
+        question, turn = key
+        if turn == 1:
+            return None
+        prompt = [*firsts[question], *reply.tokens, *added[question]]
+        return (question, 1), (prompt, Sampling(lengths[question][1], ignore_eos=True))
+
+    requests = [((i, 0), (firsts[i], Sampling(lengths[i][0], ignore_eos=True))) for i in range(len(own))]
+    warm = [(key, (prompt, Sampling(4, ignore_eos=True))) for key, (prompt, _) in requests[:places]]
+    start = time.perf_counter()
+    list(engine.stream(warm, longest=longest))
+    result: dict[str, Any] = {
+        "method": method,
+        "protocol": {key: getattr(args, key) for key in ("model", "questions", "tokens", "sample")},
+        "provenance": collect(),
+        "places": places,
+        "warmup_seconds": time.perf_counter() - start,
+        "kernel": engine.describe(),
+    }
+    found, result["ours"] = _timed(
+        device, lambda: list(engine.stream(requests, longest=longest, then=then)), lambda made: [r for _, r in made]
+    )
+    assert len(found) == 2 * len(own), "an answer is missing"
+    print(f"{method} ours: {result['ours']}", flush=True)
+    engine.close()
+    eager = EagerEngine(model, None, args.tokens)
+    picked = firsts[:: max(1, len(firsts) // 3)][:3]
+
+    def one_at_a_time() -> list[Any]:
+        return [eager.reply(prompt, Sampling(args.sample, ignore_eos=True)) for prompt in picked]
+
+    one_at_a_time()  # the first pass over lengths that were not decoded before is slow, and the whole would have few
+    _, result["reference"] = _timed(device, one_at_a_time, lambda made: made)
+    print(f"{method} reference: {result['reference']}", flush=True)
+    return result
+
+
+def _places(model: Any, longest: int, most: int) -> int:
+    """How many sequences' caches fit beside the model."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return min(8, most)
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    one = 2 * config.num_hidden_layers * config.num_key_value_heads * size * (longest + 256) * model.dtype.itemsize
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(most, int((free - SPARE_BYTES) // one)))
+
+
+def _timed(device: str, make: Any, replies: Any) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from llm_at_home.metering.energy import EnergyMeter
+    from llm_at_home.metering.timing import now
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with EnergyMeter(device, idle_seconds=0.0) as energy:
+        energy.start()
+        start = now(device)
+        made = make()
+        seconds = now(device) - start
+        energy.stop()
+    tokens = sum(len(reply.tokens) for reply in replies(made))
+    joules = energy.readings("token", tokens)["energy_per_token"].value
+    waits = [reply.time_to_first_token for reply in replies(made)]
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    return made, {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "joules_per_token": joules,
+        "peak_gb": peak,
+        "median_prefill_seconds": statistics.median(waits),
+    }
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two rows a method: time and energy of the whole."""
+    found = []
+    for result in results:
+        ours, reference = result["ours"], result["reference"]
+        scaled = ours["tokens"] / reference["tokens_per_second"]
+        work = f"{result['protocol']['questions']} two-turn conversations, {ours['tokens']:,} tokens"
+        shared = {
+            "work": work,
+            "method": result["method"],
+            "reference_name": f"default, one at a time, scaled from {reference['tokens']} tokens",
+            "share_of_limit": None,
+            "peak_gb": ours["peak_gb"],
+            "budget_gb": None,
+        }
+        joules = [one["joules_per_token"] and one["joules_per_token"] * ours["tokens"] for one in (ours, reference)]
+        for unit, mine, theirs in (("seconds", ours["seconds"], scaled), ("joules", *joules)):
+            ratio = theirs / mine if mine and theirs else None
+            found.append(
+                shared
+                | {"unit": unit, "ours": mine, "reference": theirs, "ratio": ratio, "goal": GOALS[unit]}
+                | {"joules": joules[0]}
+            )
+    return found
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The methods as Markdown."""
+    lines = [
+        [
+            *("quant", "places", "tokens", "ours (s)", "tokens/s", "J/token", "peak (GB)"),
+            *("one at a time, scaled (s)", "tokens/s", "J/token", "times as fast", "of the energy"),
+        ]
+    ]
+    for result in results:
+        ours, reference = result["ours"], result["reference"]
+        speed, energy = rows([result])
+        lines.append(
+            [
+                result["method"],
+                str(result["places"]),
+                f"{ours['tokens']:,}",
+                *(_shown(ours[key], digits) for key, digits in (("seconds", 1), ("tokens_per_second", 0))),
+                *(_shown(ours[key], digits) for key, digits in (("joules_per_token", 3), ("peak_gb", 1))),
+                _shown(speed["reference"], 0),
+                _shown(reference["tokens_per_second"], 1),
+                _shown(reference["joules_per_token"], 2),
+                _shown(speed["ratio"], 1),
+                common.DASH if energy["ratio"] is None else f"1/{energy['ratio']:.1f}",
+            ]
+        )
+    return common.markdown(lines)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return common.DASH if value is None else f"{value:,.{digits}f}"
+
+
+def count_prompts() -> None:
+    """Write PROMPTS: tokens of each question's first turn, and of what its second turn adds."""
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.data.questions import load_questions
+    from llm_at_home.models.chat import prompt_ids
+    from llm_at_home.models.loading import load_tokenizer
+    from llm_at_home.tasks import resolve
+
+    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", ["logger=none"]), [])
+    tokenizer = load_tokenizer(config["model"])
+    counts = []
+    for question in load_questions("mt_bench"):
+        first = [{"role": "user", "content": question.turns[0]}]
+        answered = [*first, {"role": "assistant", "content": ""}, {"role": "user", "content": question.turns[1]}]
+        one = len(prompt_ids(tokenizer, first))
+        counts.append([one, len(prompt_ids(tokenizer, answered)) - one])
+    about = "tokens of MT-bench's first turns, and of what second turns add beside the first answer; SmolLM2's tokenizer"
+    PROMPTS.write_text(json.dumps({"about": about, "tokens": counts}) + "\n")
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder, in the methods' order."""
+    files = [folder / f"{method}.json" for method in METHODS]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, a file a method into this folder, and rows.json")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
+    what.add_argument("--count-prompts", action="store_true", help="count the questions' tokens again")
+    parser.add_argument("--model", default="llama2_7b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "gptq"])
+    parser.add_argument("--questions", type=int, default=80)
+    parser.add_argument("--tokens", type=int, default=1024, help="new tokens of a turn (default: %(default)s)")
+    parser.add_argument("--lengths", type=Path, help="new tokens of each turn instead")
+    parser.add_argument("--places", type=int, help="sequences at once (default: as many as fit)")
+    parser.add_argument("--sample", type=int, default=128, help="new tokens of each of the reference's three answers")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="after --: overrides")
+    args = parser.parse_args()
+    if args.count_prompts:
+        count_prompts()
+        return 0
+    if args.table:
+        print(table(stored(args.table)))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        result = measure(args, args.one)
+        (args.out / f"{args.one}.json").write_text(json.dumps(result, indent=1) + "\n")
+        return 0
+    failed = False
+    for method in args.methods:
+        if (args.out / f"{method}.json").is_file():
+            print(f"{method}: is there")
+            continue
+        words = sys.argv[1:]
+        place = words.index("--") if "--" in words else len(words)
+        command = [sys.executable, __file__, *words[:place], "--one", method, *words[place:]]
+        failed |= bool(subprocess.run(command).returncode)
+    (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
+    print(table(stored(args.out)))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

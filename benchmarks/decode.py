@@ -1,0 +1,318 @@
+"""Tokens a second of one answer: engine=graph against transformers' generate, its defaults and its best documented way.
+
+    python benchmarks/decode.py --out results/h100/decode                     # Llama-2-7B's shape, random weights
+    python benchmarks/decode.py --out FOLDER --model smollm2_135m --tokens 32 # anywhere
+    python benchmarks/decode.py --table results/h100/decode
+
+Each method is a process of its own: the base is loaded once, our greedy tokens are compared with generate's, and then
+all contenders answer in turn, several rounds. ``default`` is generate as it is, ``best_documented`` generate with a static
+cache, which transformers compiles by itself on a GPU. Medians over rounds; J/token is the card's, gross. The limit is what
+one step has to read (all weights but the embedding, and the cache at its mean length) over the bandwidth of a copy on
+the same card in the same run. A method's file is
+written after each round: a method that has one is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rows as common
+
+METHODS = {
+    "none": ["quant=none"],
+    "nf4": ["quant=nf4"],
+    "gptq": ["quant=gptq", "quant.group_size=128"],
+    "awq": ["quant=awq", "quant.group_size=128"],
+    "int8": ["quant=int8"],
+}
+# What the ratio is to be, by reference and method.
+GOALS = {"default": {"none": 6.5, "nf4": 8.0, "gptq": 8.0, "awq": 8.0}, "best_documented": 1.5}
+CONTENDERS = ("default", "best_documented", "ours")
+SLOW_SECONDS = 5.0  # an answer that takes longer is measured once a round
+
+
+def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """All contenders of one method, in this process."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.generation.eager import EagerEngine
+    from llm_at_home.generation.graph import GraphEngine
+    from llm_at_home.generation.reply import Sampling
+    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.records.provenance import collect
+    from llm_at_home.tasks import resolve
+
+    words = [f"model={args.model}", "questions=synthetic", "logger=none", *METHODS[method], *args.overrides]
+    if args.model != "smollm2_135m":
+        words.append("model.weights=random")
+    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    device = config["gpu"]["device"]
+    start = time.perf_counter()
+    model = load_base(config)
+    loaded = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (args.prompt,), generator=generator).tolist()
+    sampling = Sampling(args.tokens, ignore_eos=True)
+    engines = {
+        "default": EagerEngine(model, None, args.tokens),
+        "best_documented": _Static(model, None, args.tokens),
+        "ours": GraphEngine(model, None, args.tokens, kernels=args.kernels),
+    }
+    result: dict[str, Any] = {
+        "method": method,
+        "protocol": {key: getattr(args, key) for key in ("model", "prompt", "tokens", "rounds", "passes")},
+        "provenance": collect(),
+        "kernel": describe_kernel(model),
+        "load_seconds": loaded,
+        "limit": limit(model, args, device),
+        "contenders": {},
+    }
+    expected: list[int] = []
+    for name in ("default", "ours", "best_documented"):
+        if name not in args.contenders:
+            continue
+        one: dict[str, Any] = {"rates": [], "joules": [], "peaks": []}
+        start = time.perf_counter()
+        try:
+            tokens = engines[name].reply(prompt, sampling).tokens
+        except Exception as error:  # a reference that cannot run is a row with a reason
+            one["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        else:
+            one["first_answer_seconds"] = time.perf_counter() - start
+            start = time.perf_counter()
+            engines[name].reply(prompt, sampling)
+            one["answer_seconds"] = time.perf_counter() - start
+            expected = expected or tokens
+            one["agreement"] = _agreement(model, prompt, expected, tokens)
+        result["contenders"][name] = one
+        print(f"{method} {name}: {({k: v for k, v in one.items() if v} )}", flush=True)
+    result["kernel"] = engines["ours"].describe()
+    for turn in range(args.rounds):
+        names = [name for name in args.contenders if "reason" not in result["contenders"][name]]
+        for name in names if turn % 2 == 0 else names[::-1]:
+            one = result["contenders"][name]
+            slow = one["answer_seconds"] > SLOW_SECONDS
+            _round(engines[name], one, prompt, sampling, 1 if slow else args.passes, device)
+            (args.out / f"{method}.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{method} {name}: {result['contenders'][name]['rates'][-args.passes:]}", flush=True)
+    return result
+
+
+def _round(engine: Any, one: dict[str, Any], prompt: Any, sampling: Any, passes: int, device: str) -> None:
+    import torch
+
+    from llm_at_home.metering.energy import EnergyMeter
+
+    def answer() -> Any:
+        if hasattr(engine, "forget"):
+            engine.forget()
+        return engine.reply(prompt, sampling)
+
+    answer()  # so that no other contender's pass is in the power's average
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with EnergyMeter(device, idle_seconds=0.0) as energy:
+        energy.start()
+        replies = [answer() for _ in range(passes)]
+        energy.stop()
+    reading = energy.readings("token", sum(len(reply.tokens) for reply in replies))["energy_per_token"]
+    one["joules"].append(reading.value)
+    one["rates"] += [len(reply.intervals) / sum(reply.intervals) for reply in replies]
+    one["peaks"].append(torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None)
+
+
+def _agreement(model: Any, prompt: list[int], expected: list[int], tokens: list[int]) -> dict[str, Any]:
+    """Where two greedy answers part, and how close the two candidates' logits were there."""
+    import torch
+
+    same = next((i for i, (a, b) in enumerate(zip(expected, tokens, strict=False)) if a != b), None)
+    if same is None:
+        return {"tokens": len(tokens), "first_divergence": None}
+    ids = torch.tensor([prompt + expected[:same]], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+    gap = float(logits[expected[same]] - logits[tokens[same]])
+    spacing = float(logits.abs().max()) * torch.finfo(model.dtype).eps
+    return {"tokens": len(tokens), "first_divergence": same, "logit_gap": gap, "rounding_of_logits": spacing}
+
+
+def limit(model: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Tokens a second if each step's bytes were read at the speed of a copy."""
+    import torch
+
+    from llm_at_home.quantization.size import size_readings
+
+    config = model.config
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = model.get_input_embeddings().weight
+    weights = (size_readings(model)["model_size"].value or 0) * 1e9
+    if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
+        weights -= embedding.numel() * embedding.element_size()
+    length = args.prompt + args.tokens / 2
+    cache = 2 * config.num_hidden_layers * heads * size * length * embedding.element_size()
+    found: dict[str, Any] = {"weight_bytes": weights, "cache_bytes": cache}
+    if device != "cuda":
+        return found | {"bandwidth": None, "tokens_per_second": None}
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, 2 * 2**30 / (begin.elapsed_time(end) / 1000))
+    del source, target
+    torch.cuda.empty_cache()
+    return found | {"bandwidth": best, "tokens_per_second": best / (weights + cache)}
+
+
+def _static_engine() -> Any:
+    from llm_at_home.generation.eager import EagerEngine
+
+    class Static(EagerEngine):
+        """Generate with a static cache, which it then compiles."""
+
+        def _generate(self, *inputs: Any, **options: Any) -> Any:
+            return super()._generate(*inputs, cache_implementation="static", **options)
+
+    return Static
+
+
+def _Static(*args: Any) -> Any:  # noqa: N802
+    return _static_engine()(*args)
+
+
+def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and reference."""
+    found = []
+    for result in results:
+        ours = result["contenders"]["ours"]
+        rate = _median(ours["rates"])
+        ceiling = result["limit"]["tokens_per_second"]
+        for name in ("default", "best_documented"):
+            reference = result["contenders"].get(name)
+            if reference is None:
+                continue
+            pace = _median(reference["rates"])
+            goal = GOALS[name] if name == "best_documented" else GOALS[name].get(result["method"])
+            found.append(
+                {
+                    "work": f"decode, batch 1, prompt {result['protocol']['prompt']}, {result['protocol']['tokens']} new",
+                    "method": result["method"],
+                    "ours": rate,
+                    "reference": pace,
+                    "reference_name": name,
+                    "reason": reference.get("reason"),
+                    "unit": "tokens/s",
+                    "ratio": rate / pace if rate and pace else None,
+                    "share_of_limit": rate / ceiling if rate and ceiling else None,
+                    "joules": _median(ours["joules"]),
+                    "reference_joules": _median(reference["joules"]),
+                    "peak_gb": _median(ours["peaks"]),
+                    "budget_gb": None,
+                    "goal": goal,
+                }
+            )
+    return found
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The methods as Markdown."""
+    lines = [
+        [
+            *("quant", "ours (tokens/s)", "default", "best documented", "ours / default", "ours / best"),
+            *("share of limit", "J/token, ours", "J/token, default", "peak (GB)", "first answer (s), ours", "best"),
+            "greedy tokens",
+        ]
+    ]
+    for result in results:
+        pair = {row["reference_name"]: row for row in rows([result])}
+        default, best = pair.get("default", {}), pair.get("best_documented", {})
+        any_row = default or best
+        ours = result["contenders"]["ours"]
+        agreement = ours.get("agreement", {})
+        parted = agreement.get("first_divergence")
+        same = "equal" if parted is None else f"equal up to {parted}, then {agreement['logit_gap']:.3f} apart"
+        lines.append(
+            [
+                result["method"],
+                *(_shown(any_row.get(key), 1) for key in ("ours",)),
+                *(_shown(row.get("reference"), 1) for row in (default, best)),
+                *(_shown(row.get("ratio"), 2) for row in (default, best)),
+                _shown(any_row.get("share_of_limit"), 2),
+                *(_shown(default.get(key), 2) for key in ("joules", "reference_joules")),
+                _shown(any_row.get("peak_gb"), 2),
+                _shown(ours.get("first_answer_seconds"), 1),
+                _shown(result["contenders"].get("best_documented", {}).get("first_answer_seconds"), 1),
+                same,
+            ]
+        )
+    return common.markdown(lines)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return common.DASH if value is None else f"{value:,.{digits}f}"
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder, in the methods' order."""
+    files = [folder / f"{method}.json" for method in METHODS]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, a file a method into this folder, and rows.json")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
+    parser.add_argument("--model", default="llama2_7b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "nf4", "gptq", "awq"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=3, help="answers of each contender in a round")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "torch"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="after --: overrides")
+    args = parser.parse_args()
+    if args.table:
+        print(table(stored(args.table)))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        result = measure(args, args.one)
+        (args.out / f"{args.one}.json").write_text(json.dumps(result, indent=1) + "\n")
+        return 0
+    failed = False
+    for method in args.methods:
+        if (args.out / f"{method}.json").is_file():
+            print(f"{method}: is there")
+            continue
+        words = sys.argv[1:]
+        place = words.index("--") if "--" in words else len(words)
+        failed |= bool(subprocess.run([sys.executable, __file__, *words[:place], "--one", method, *words[place:]]).returncode)
+    (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
+    print(table(stored(args.out)))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The graph engine: a static cache and one captured step for every token, with transformers' own prompt pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llm_at_home.generation.eager import EagerEngine, _TokenClock
+from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
+from llm_at_home.generation.static.slots import Slots
+
+BUCKET = 256  # the cache grows by so many tokens
+
+
+class GraphEngine(EagerEngine):
+    """Answers with one CUDA graph replayed for each token, so that the card does not wait for Python.
+
+    Where that cannot be, it answers as the eager engine does, and ``describe`` says why.
+
+    Args:
+        model: as the eager engine's.
+        tokenizer: as the eager engine's.
+        max_new_tokens: the longest answer, in tokens.
+        temperature: for every question, or None for the published one of its category.
+        batch_size: conversations that are decoded together; a finished one's place is filled at once.
+        warmup_tokens: decoded before anything is measured.
+        kernels: ``triton``, ``torch``, or ``auto``: Triton's on a card that it supports.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        batch_size: int = 1,
+        warmup_tokens: int = 16,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__(model, tokenizer, max_new_tokens, temperature, batch_size, warmup_tokens)
+        self.operations, self.kernels = _operations(kernels, model.device)
+        self.capture = model.device.type == "cuda"
+        self._slots: Slots | None = None
+        self.eager_because = self._obstacle()
+
+    def _obstacle(self) -> str | None:
+        try:
+            decoder_of(self.model)
+        except Unsupported as reason:
+            return str(reason)
+        return uncapturable(self.model) if self.capture else None
+
+    def describe(self) -> dict[str, Any]:
+        """Which linear layers run, and what decodes: the graph, or why not."""
+        engine = f"eager, since {self.eager_because}" if self.eager_because else self._engine()
+        return super().describe() | {"engine": engine}
+
+    def _engine(self) -> str:
+        return f"static cache, {self.kernels} kernels, " + ("one CUDA graph a step" if self.capture else "no graph")
+
+    def use_adapter(self, name: str | None) -> None:
+        """As the eager engine's; what was captured with another adapter is thrown away."""
+        super().use_adapter(name)
+        self._slots = None
+
+    def close(self) -> None:
+        """Let go of the cache and the graphs; the next answer makes them anew."""
+        self._slots = None
+
+    def forget(self) -> None:
+        """Read every prompt anew, also one that begins as an earlier conversation did."""
+        if self._slots is not None:
+            self._slots.forget()
+
+    def reply(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """As the eager engine's."""
+        if self.eager_because:
+            return super().reply(prompt, sampling, on_text, should_stop)
+        clock = _TokenClock(self.tokenizer if on_text else None, on_text)
+        clock.put(torch.tensor([list(prompt)]))
+        start = time.perf_counter()
+        slots = self._room(1, len(prompt) + sampling.max_new_tokens)
+        tokens = [slots.admit(0, prompt, sampling)]
+        reused = slots.reused
+        clock.put(torch.tensor(tokens))
+        ends = set() if sampling.ignore_eos else self._eos_ids()
+        stopped = False
+        # The next step runs on the card while this one's token is looked at.
+        ahead = slots.launch() if sampling.max_new_tokens > 1 else None
+        while ahead is not None and tokens[-1] not in ends:
+            stopped = bool(should_stop and should_stop())
+            if stopped:
+                break
+            arriving = ahead
+            ahead = slots.launch() if len(tokens) + 1 < sampling.max_new_tokens else None
+            tokens += arriving.wait()
+            clock.put(torch.tensor(tokens[-1:]))
+        clock.end()
+        slots.release(0, tokens)
+        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times, reused=reused))
+        if stopped:
+            reply.finish_reason = "stopped"
+        return reply
+
+    def reply_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """Answer several prompts at once; each is sampled by its own seed, which counts on from the batch's."""
+        if self.eager_because:
+            return super().reply_batch(prompts, sampling)
+        seeds = range(sampling.seed, sampling.seed + len(prompts))
+        wanted = [
+            (prompt, Sampling(sampling.max_new_tokens, sampling.temperature, seed, sampling.ignore_eos))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        found = dict(self.stream(enumerate(wanted), len(prompts)))
+        return [found[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        requests: Iterable[tuple[Any, tuple[Sequence[int], Sampling]]],
+        count: int | None = None,
+        longest: int | None = None,
+        then: Callable[[Any, Reply], tuple[Any, tuple[Sequence[int], Sampling]] | None] | None = None,
+    ) -> Iterable[tuple[Any, Reply]]:
+        """Answers as they are finished, with their keys; a finished one's place is filled at once.
+
+        Args:
+            requests: key, and prompt with sampling.
+            count: of places; by default the engine's batch size.
+            longest: tokens of the longest prompt with its answer, follow-ups included; by default that of ``requests``.
+            then: called with each finished answer; may give a request that follows it.
+        """
+        waiting = list(requests)[::-1]
+        if not waiting:
+            return
+        needed = longest or max(len(prompt) + sampling.max_new_tokens for _, (prompt, sampling) in waiting)
+        slots = self._room(min(count or self.batch_size, len(waiting)), needed)
+        running: dict[int, _Sequence] = {}
+        ends = self._eos_ids()
+        try:
+            while waiting or running:
+                free = [slot for slot in range(slots.count) if slot not in running]
+                while free and waiting:
+                    key, (prompt, sampling) = waiting.pop()
+                    slot = slots.closest(prompt, free)
+                    start = time.perf_counter()
+                    token = slots.admit(slot, prompt, sampling)
+                    one = _Sequence(prompt, sampling, start, [token], [time.perf_counter()], key, slots.reused)
+                    if one.is_done(ends):
+                        slots.release(slot, one.tokens)
+                        yield key, self._finish(one, then, waiting)
+                    else:
+                        running[slot] = one
+                        free.remove(slot)
+                if not running:
+                    continue
+                tokens = slots.launch().wait()
+                now = time.perf_counter()
+                for slot, one in list(running.items()):
+                    one.tokens.append(tokens[slot])
+                    one.times.append(now)
+                    if one.is_done(ends):
+                        del running[slot]
+                        slots.release(slot, one.tokens)
+                        yield one.key, self._finish(one, then, waiting)
+        finally:
+            for slot, one in running.items():
+                slots.release(slot, one.tokens)
+
+    def _finish(self, one: _Sequence, then: Any, waiting: list[Any]) -> Reply:
+        reply = self._reply(one)
+        following = then(one.key, reply) if then else None
+        if following is not None:
+            waiting.append(following)
+        return reply
+
+    def _reply(self, one: _Sequence) -> Reply:
+        steps = [b - a for a, b in zip(one.times, one.times[1:], strict=False)]
+        first = one.times[0] - one.start
+        reason = self._finish_reason(one.tokens)
+        return Reply(self._decode(one.tokens), one.tokens, len(one.prompt), reason, first, steps, one.reused)
+
+    def _room(self, count: int, tokens: int) -> Slots:
+        """Places for sequences of so many tokens; those there are kept if they are enough."""
+        slots = self._slots
+        if slots is not None and slots.count == count and slots.capacity > tokens:
+            return slots
+        capacity = -(-(tokens + 1) // BUCKET) * BUCKET
+        self._slots = slots = None  # before the new ones take memory
+        self._slots = Slots(self.model, count, capacity, self.operations, self.capture, sorted(self._eos_ids()))
+        return self._slots
+
+
+@dataclass
+class _Sequence:
+    """An answer in the making."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    start: float
+    tokens: list[int]
+    times: list[float] = field(default_factory=list)
+    key: Any = None
+    reused: int = 0
+
+    def is_done(self, ends: set[int]) -> bool:
+        """Whether the last token was the last one."""
+        ended = self.tokens[-1] in ends and not self.sampling.ignore_eos
+        return ended or len(self.tokens) >= self.sampling.max_new_tokens
+
+
+def _operations(kernels: str, device: torch.device) -> tuple[Any, str]:
+    from llm_at_home.generation.static import reference
+
+    if kernels == "auto":
+        ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        kernels = "triton" if ready and _has_triton() else "torch"
+    if kernels == "triton":
+        from llm_at_home.generation.static import kernels as triton_kernels
+
+        return triton_kernels, kernels
+    return reference, kernels
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None

@@ -1,0 +1,204 @@
+"""A Llama-family decoder over a static cache, whatever its linear layers are: dense, quantized, with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llm_at_home.generation.static.joined import is_plain, join
+
+# Decoder layers that compute as Llama's does: RMS norms before two blocks, rotary attention, SwiGLU.
+KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# Rotary embeddings whose angles depend on the length so far.
+MOVING_ROTARY = ("dynamic", "longrope")
+# Their forward pass waits for the device, which a graph cannot.
+UNCAPTURABLE = {"Linear8bitLt": "LLM.int8() looks for outliers on the host at every layer"}
+
+
+class Unsupported(Exception):
+    """This model cannot be decoded in fixed steps; the message says why."""
+
+
+def decoder_of(model: Any) -> tuple[Any, Any]:
+    """The decoder and the output layer of a causal language model, with or without a PEFT adapter.
+
+    Raises:
+        Unsupported: for another architecture, a sliding window, or an adapter that adds tokens.
+    """
+    peft = getattr(model, "peft_config", None)
+    if peft and any(config.is_prompt_learning for config in peft.values()):
+        raise Unsupported("the adapter is a prompt, which transformers puts before the tokens")
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(causal, "model", None)
+    layers = getattr(decoder, "layers", None)
+    if not layers or not hasattr(decoder, "rotary_emb") or not hasattr(causal, "lm_head"):
+        raise Unsupported(f"{type(causal).__name__} is not built as Llama is")
+    for layer in layers:
+        if type(layer).__name__ not in KNOWN_LAYERS:
+            raise Unsupported(f"its layers are {type(layer).__name__}, not one of {', '.join(KNOWN_LAYERS)}")
+        if not isinstance(layer.mlp.act_fn, nn.SiLU) and type(layer.mlp.act_fn).__name__ != "SiLUActivation":
+            raise Unsupported(f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU")
+        if getattr(layer.self_attn, "sliding_window", getattr(causal.config, "sliding_window", None)):
+            raise Unsupported("its attention has a sliding window")
+    kind = (getattr(causal.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in MOVING_ROTARY:
+        raise Unsupported(f"its rotary embedding is {kind}: the angles change with the length")
+    return decoder, causal.lm_head
+
+
+def uncapturable(model: Any) -> str | None:
+    """Why no CUDA graph can be captured of this model's layers, or None."""
+    names = {type(module).__name__ for module in model.modules()}
+    return next((why for name, why in UNCAPTURABLE.items() if name in names), None)
+
+
+class Decoder:
+    """What a decoder computes: a prompt, and then one token of each sequence at a time.
+
+    Args:
+        model: a causal language model that :func:`decoder_of` knows.
+        operations: the module ``kernels`` or ``reference``.
+        capacity: tokens of the longest sequence.
+
+    Raises:
+        Unsupported: when the model is another.
+    """
+
+    def __init__(self, model: Any, operations: Any, capacity: int) -> None:
+        self.decoder, self.head = decoder_of(model)
+        self.operations = operations
+        self.product = _product(self.head, operations)
+        first = self.decoder.layers[0].self_attn
+        self.head_dim, self.scale = first.head_dim, first.scaling
+        embedded = self.decoder.embed_tokens.weight
+        places = torch.arange(capacity, device=embedded.device)[None]
+        probe = torch.empty((1, 1, 1), dtype=embedded.dtype, device=embedded.device)
+        cos, sin = self.decoder.rotary_emb(probe, places)
+        self.tables = (cos[0].contiguous(), sin[0].contiguous())
+        self.blocks = [_Block(layer, operations) for layer in self.decoder.layers]
+
+    def next_token(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        last: torch.Tensor,
+        places: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Logits of shape (sequences, vocabulary) after one more token of each, in the model's dtype.
+
+        Args:
+            tokens: the last token of each sequence, int64 of shape (sequences,).
+            positions: where they stand, the same.
+            last: up to where each looks, the same; its position, or less where nobody wants its token.
+            places: 0, 1, 2, ..., the same.
+            keys: the cache of each layer, of shape (sequences, key heads, capacity, size); written at ``positions``.
+            values: the same.
+        """
+
+        def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
+            return self.operations.attend(q, key_cache, value_cache, last, self.scale)
+
+        return self.product(self._run(tokens, positions, places, keys, values, attend))[:, 0]
+
+    def prompt(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        place: int,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Logits of shape (1, vocabulary) after a prompt, or after the rest of one whose beginning is in the cache.
+
+        Args:
+            tokens: the prompt from ``start`` on, int64 of shape (tokens,).
+            start: how many tokens the cache holds already.
+            place: of the sequence in the cache.
+            keys: as above; written from ``start`` on.
+            values: the same.
+        """
+        count = tokens.shape[0]
+        positions = torch.arange(start, start + count, device=tokens.device)
+        places = torch.full_like(positions, place)
+        seen = None
+        if start:
+            seen = torch.arange(start + count, device=tokens.device) <= positions[:, None]
+
+        def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
+            part = slice(place, place + 1), slice(None), slice(start + count)
+            found = functional.scaled_dot_product_attention(
+                q.transpose(0, 1)[None],
+                key_cache[part],
+                value_cache[part],
+                attn_mask=seen,
+                is_causal=seen is None,
+                scale=self.scale,
+                enable_gqa=q.shape[1] != key_cache.shape[1],
+            )
+            return found[0].transpose(0, 1)
+
+        return self.product(self._run(tokens, positions, places, keys, values, attend)[-1:])[:, 0]
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The last hidden states, of shape (tokens, 1, width)."""
+        ops = self.operations
+        hidden = self.decoder.embed_tokens(tokens[:, None])
+        delta = None
+        count = tokens.shape[0]
+        for block, key_cache, value_cache in zip(self.blocks, keys, values, strict=True):
+            hidden, normed = ops.add_rms_norm(hidden, delta, block.input_norm.weight, block.input_norm.variance_epsilon)
+            q, k, v = (part.view(count, -1, self.head_dim) for part in block.project(normed))
+            if block.q_norm is not None:
+                q, k = block.q_norm(q), block.k_norm(k)
+            q = ops.rotate_and_store(q, k, v, self.tables, positions, places, key_cache, value_cache)
+            delta = block.out(attend(q, key_cache, value_cache).reshape(count, 1, -1))
+            hidden, normed = ops.add_rms_norm(hidden, delta, block.post_norm.weight, block.post_norm.variance_epsilon)
+            delta = block.down(ops.silu_multiply(*block.gate_and_up(normed)))
+        norm = self.decoder.norm
+        return ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)[1]
+
+
+class _Block:
+    """One decoder layer's parts; plain linear layers that read the same input become one product."""
+
+    def __init__(self, layer: Any, operations: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.project = _together([attention.q_proj, attention.k_proj, attention.v_proj], operations)
+        self.out = _product(attention.o_proj, operations)
+        self.gate_and_up = _together([mlp.gate_proj, mlp.up_proj], operations)
+        self.down = _product(mlp.down_proj, operations)
+
+
+def _product(layer: Any, operations: Any) -> Any:
+    """The layer itself, or for a plain linear one the product that suits a step."""
+    return (lambda x: _plain(x, layer, operations)) if is_plain(layer) else layer
+
+
+def _plain(x: torch.Tensor, layer: nn.Linear, operations: Any) -> torch.Tensor:
+    return operations.matvec(x, layer.weight, layer.bias) if x.shape[0] == 1 else layer(x)
+
+
+def _together(layers: Sequence[Any], operations: Any) -> Any:
+    """A function from the shared input to the layers' outputs, by one product where the layers can be joined."""
+    whole = join(layers)
+    if whole is None:
+        return lambda x: [layer(x) for layer in layers]
+    product = _product(whole, operations)
+    sizes = [layer.out_features for layer in layers]
+    return lambda x: product(x).split(sizes, dim=-1)
