@@ -184,6 +184,10 @@ def _check_infer(config: Mapping[str, Any]) -> None:
         adapter_folder(path)
     if config["repeats"] < 1:
         raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
+    if config["samples"] < 1:
+        raise Refusal(f"samples={config['samples']} is too small: give at least 1")
+    if config["samples"] > 1 and config["engine"].get("temperature") == 0:
+        raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
     if config["engine"].get("batch_size", 1) < 1:
         raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
     if config["mode"] == "chat" and config["model"]["weights"] == "random":

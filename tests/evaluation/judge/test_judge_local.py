@@ -47,7 +47,7 @@ def test_the_local_judge_grades_both_ways_and_a_prompt_too_long_is_missing(
     config = yaml.safe_load(LOCAL.read_text())
     config |= {"templates": str(templates_file), "mode": "both", "context": 512, "threads": 1}
     answers[1]["choices"][0]["turns"] = ["4", "much " * 2000]
-    readings, counts = judge_run(config, questions[1:2], answers, baseline, tmp_path)
+    readings, counts, _ = judge_run(config, questions[1:2], answers, baseline, tmp_path)
     rows = list(read_jsonl(tmp_path / "judgments.jsonl"))
     assert len(rows) == 4
     for row in rows:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from math import sqrt
+from statistics import mean
 
 from llm_at_home.evaluation.judge.items import Row
 from llm_at_home.evaluation.judge.pairwise import inconsistent, points
@@ -28,7 +31,23 @@ def single_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
         readings[f"judge_score_turn_{turn}"] = _mean(of_turn, score, "points", method)
     for category, of_category in _by_category(rows).items():
         readings[f"judge_score_{category}"] = _mean(of_category, score, "points", method)
+    if any(row.get("repeat") for row in rows):
+        readings["judge_repeat_sd"] = _repeat_sd(rows, method)
     return readings
+
+
+def _repeat_sd(rows: list[Row], method: str) -> Reading:
+    """The judge's own noise: the standard deviation between judgments of one answer, pooled over answers."""
+    groups: dict[Hashable, list[float]] = defaultdict(list)
+    for row in rows:
+        if (known := score(row)) is not None:
+            groups[row["question_id"], row["turn"], row["model"], row.get("sample", 0)].append(known)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    if not repeated:
+        return Reading.unknown("points", "no answer has two judgments", method)
+    freedom = sum(len(group) - 1 for group in repeated)
+    squares = sum((value - mean(group)) ** 2 for group in repeated for value in group)
+    return Reading(sqrt(squares / freedom), "points", method, n=len(repeated))
 
 
 def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
@@ -39,6 +58,23 @@ def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     for category, of_category in _by_category(rows).items():
         readings[f"win_rate_{category}"] = _mean(of_category, points, "1", method)
     return readings
+
+
+def all_pairs_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
+    """Each model's win rate over its comparisons with all others, 0 to 1, ties half: ``win_rate_of_MODEL``."""
+    rows = list(rows)
+    models = sorted({row[side] for row in rows for side in ("model_1", "model_2")})
+    readings = {}
+    for model in models:
+        own = [row for row in rows if model in (row["model_1"], row["model_2"])]
+        readings[f"win_rate_of_{model}"] = _mean(own, partial(points_of, model=model), "1", f"{label}/all_pairs")
+    return readings
+
+
+def points_of(row: Row, model: str) -> float | None:
+    """What a model gets for a comparison, on whichever side it stands."""
+    known = points(row)
+    return known if known is None or row["model_1"] == model else 1 - known
 
 
 def tally(single: Iterable[Row], pairs: Iterable[Row]) -> dict[str, int]:
