@@ -32,7 +32,9 @@ def rate(client: JudgeClient, messages: Sequence[Mapping[str, str]], extra_body:
     if not prompt:
         raise JudgeRejected("the server renders no chat template: judge.rating=expected needs llama.cpp's server")
     first = _distribution(client, prompt + PREFIX, extra_body)
-    after_one = _distribution(client, prompt + PREFIX + "1", extra_body) if first.get("1") else {}
+    # The one prefix that is reused: that of the very request before, so that the prompt is read once.
+    reused = {**extra_body, "cache_prompt": True}
+    after_one = _distribution(client, prompt + PREFIX + "1", reused) if first.get("1") else {}
     weights = ratings(first, after_one)
     total = math.fsum(weights)
     if total <= 0:

@@ -25,12 +25,12 @@ def single_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     """
     rows = list(rows)
     method = f"{label}/single"
-    readings = {"judge_score_mean": _mean(rows, score, "points", method)}
+    readings = {"judge_score_mean": cluster_mean(rows, score, "points", method)}
     for turn in (1, 2):
         of_turn = [row for row in rows if row["turn"] == turn]
-        readings[f"judge_score_turn_{turn}"] = _mean(of_turn, score, "points", method)
+        readings[f"judge_score_turn_{turn}"] = cluster_mean(of_turn, score, "points", method)
     for category, of_category in _by_category(rows).items():
-        readings[f"judge_score_{category}"] = _mean(of_category, score, "points", method)
+        readings[f"judge_score_{category}"] = cluster_mean(of_category, score, "points", method)
     if any(row.get("repeat") for row in rows):
         readings["judge_repeat_sd"] = _repeat_sd(rows, method)
     return readings
@@ -54,9 +54,9 @@ def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     """Win rates against the baseline, 0 to 1, ties half: over all questions and turns, and by category."""
     rows = list(rows)
     method = f"{label}/pairwise"
-    readings = {"win_rate": _mean(rows, points, "1", method)}
+    readings = {"win_rate": cluster_mean(rows, points, "1", method)}
     for category, of_category in _by_category(rows).items():
-        readings[f"win_rate_{category}"] = _mean(of_category, points, "1", method)
+        readings[f"win_rate_{category}"] = cluster_mean(of_category, points, "1", method)
     return readings
 
 
@@ -67,7 +67,7 @@ def all_pairs_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     readings = {}
     for model in models:
         own = [row for row in rows if model in (row["model_1"], row["model_2"])]
-        readings[f"win_rate_of_{model}"] = _mean(own, partial(points_of, model=model), "1", f"{label}/all_pairs")
+        readings[f"win_rate_of_{model}"] = cluster_mean(own, partial(points_of, model=model), "1", f"{label}/all_pairs")
     return readings
 
 
@@ -104,7 +104,8 @@ def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
     return dict(sorted(groups.items()))
 
 
-def _mean(rows: list[Row], value: Callable[[Row], float | None], unit: str, method: str) -> Reading:
+def cluster_mean(rows: list[Row], value: Callable[[Row], float | None], unit: str, method: str) -> Reading:
+    """The mean over rows that have a value, with an interval that draws whole questions; ``n`` counts questions."""
     by_question: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if (known := value(row)) is not None:
