@@ -14,7 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print what was asked for; exit code 2, with one line, for what cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m llm_at_home.evaluation", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    two = commands.add_parser("compare", help="paired differences of two runs of task=fidelity, or of two of task=judge")
+    two = commands.add_parser(
+        "compare", help="paired differences of two runs of task=fidelity, or of two of task=judge"
+    )
     two.add_argument("a", help="a run's folder")
     two.add_argument("b", help="another's; differences are a - b")
     judges = commands.add_parser("agreement", help="how often two judges, or a judge and people, agree")
@@ -28,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     api.add_argument("--limit", type=int, help="the first N questions")
     api.add_argument("--api-key-env", help="NAME of the environment variable with the key")
     api.add_argument("--max-tokens", type=int, default=1024)
-    api.add_argument("--temperature", type=float, help="for all questions; without it the published one of each category")
+    api.add_argument(
+        "--temperature", type=float, help="for all questions; without it the published one of each category"
+    )
     api.add_argument("--samples", type=int, default=1)
     arguments = parser.parse_args(argv)
     try:

@@ -69,7 +69,7 @@ def evaluate(config: Mapping[str, Any], folder: Path, record: Record) -> None:
         torch_random_seed=config["seed"],
         fewshot_random_seed=config["seed"],
         log_samples=False,
-        bootstrap_iters=0,
+        bootstrap_iters=1000,
     )
     record.kernel = describe_kernel(engine.model)  # a layer may choose its kernel at its first call
     record.provenance["lm_eval"] = lm_eval.__version__

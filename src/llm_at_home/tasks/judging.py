@@ -77,7 +77,8 @@ def check(config: Mapping[str, Any], folder: Path, record: Record) -> None:
 
     same_model = None
     if config["answers"] and config["baseline"]:
-        same_model = (_rows(answer_folders(config)[0]), _rows(config["baseline"]))
+        asked = questions_of({**config, "questions": None, "limit": None})
+        same_model = (asked, _rows(answer_folders(config)[0]), _rows(config["baseline"]))
         record.subject = _subject(answer_folders(config))
     own = _rows(config["own_answers"]) if config["own_answers"] else []
     _note_references(config, record, answer_folders(config))
@@ -182,4 +183,6 @@ def _size_note(judge: Mapping[str, Any]) -> list[str]:
     count = parameters(find_gguf(judge["gguf"]))
     if count >= SMALL:
         return []
-    return [f"the judge is a small model ({count / 1e6:,.0f} million parameters): see its planted pairs, task=judge_check"]
+    return [
+        f"the judge is a small model ({count / 1e6:,.0f} million parameters): see its planted pairs, task=judge_check"
+    ]

@@ -266,9 +266,13 @@ def _check_judge(config: Mapping[str, Any]) -> None:
         judge.check(config["judge"], has_baseline=bool(config["baseline"]), runs=len(places))
         return
     if bool(places) != bool(config["baseline"]) or len(places) > 1:
-        raise Refusal("task=judge_check compares one model under two seeds: give answers=RUN and baseline=OTHER_SEED, or neither")
+        raise Refusal(
+            "task=judge_check compares one model under two seeds: give answers=RUN and baseline=OTHER_SEED, or neither"
+        )
     if places and not judging.differ_in_seed_alone(places[0], config["baseline"]):
-        raise Refusal("answers and baseline are not one model under two seeds: the noise floor needs infer.py -m seed=0,1")
+        raise Refusal(
+            "answers and baseline are not one model under two seeds: the noise floor needs infer.py -m seed=0,1"
+        )
     judge.check({**config["judge"], "mode": "single"})
 
 

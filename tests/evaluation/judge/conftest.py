@@ -216,7 +216,14 @@ class BatchServer(ScriptedServer):
                 data = request.rfile.read(int(request.headers["Content-Length"]))
                 content = next(part for part in data.split(b"\r\n\r\n") if part.startswith(b'{"custom_id"'))
                 outer.files["file-1"] = content.rsplit(b"\r\n--", 1)[0].split(b"\r\n")[0]
-                body = {"id": "file-1", "object": "file", "bytes": 1, "created_at": 1, "filename": "f", "purpose": "batch"}
+                body = {
+                    "id": "file-1",
+                    "object": "file",
+                    "bytes": 1,
+                    "created_at": 1,
+                    "filename": "f",
+                    "purpose": "batch",
+                }
                 outer.fail(200, {**body, "status": "processed"})(request)
             elif request.path == "/v1/batches":
                 asked = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
@@ -250,7 +257,9 @@ class BatchServer(ScriptedServer):
             asked = json.loads(line)
             self.bodies.append(asked["body"])
             text = self.answer(asked["body"])
-            response = {"status_code": 500, "body": {}} if text is None else {"status_code": 200, "body": _completion(text)}
+            response = (
+                {"status_code": 500, "body": {}} if text is None else {"status_code": 200, "body": _completion(text)}
+            )
             lines.append(json.dumps({"custom_id": asked["custom_id"], "response": response}))
         self.files["out-1"] = "\n".join(lines).encode()
 

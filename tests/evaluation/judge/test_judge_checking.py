@@ -114,7 +114,7 @@ def test_self_preference_is_what_its_own_answers_get(server, config, known, answ
     assert quality["judge_accuracy"].value == 0.5
 
 
-def test_one_model_under_two_seeds_gives_the_noise_floor(server, config, known, answers, tmp_path) -> None:
+def test_one_model_under_two_seeds_gives_the_noise_floor(server, config, known, questions, answers, tmp_path) -> None:
     def judge(body):
         if body["messages"][1]["content"].startswith("pair"):
             return server.say("[[C]]")
@@ -122,7 +122,8 @@ def test_one_model_under_two_seeds_gives_the_noise_floor(server, config, known, 
 
     server.default = judge
     other = [{**row, "choices": [{"index": 0, "turns": [f"{row['model_id']} longer", "x"]}]} for row in answers]
-    quality, counts, _ = check_judge(config, known, tmp_path, same_model=(answers, other))
+    config |= {"mode": "both"}
+    quality, counts, _ = check_judge(config, known, tmp_path, same_model=(questions, answers, other))
     difference = quality["judge_aa_score_difference"]
     assert difference.n == 3
     assert difference.interval95[0] <= difference.value <= difference.interval95[1]

@@ -104,7 +104,9 @@ def test_scores_vote_too_and_a_judge_s_own_model_is_watched() -> None:
 def test_people_grade_whole_conversations(tmp_path, capsys) -> None:
     grades = tmp_path / "people.csv"
     lines = ["question_id,model,rater,grade"]
-    lines += [f"{q},{m},{r},{g}" for q in (1, 2) for r in ("x", "y") for m, g in (("a", 5), ("b", 2 if r == "x" else 5))]
+    lines += [
+        f"{q},{m},{r},{g}" for q in (1, 2) for r in ("x", "y") for m, g in (("a", 5), ("b", 2 if r == "x" else 5))
+    ]
     grades.write_text("\n".join(lines) + "\n")
     rows = [single(q, m, s, turn) for q in (1, 2) for turn in (1, 2) for m, s in (("a", 8), ("b", 3 + turn))]
     file = tmp_path / "judgments.jsonl"

@@ -25,7 +25,9 @@ def test_a_judgment_is_never_paid_for_twice(server, config, questions, answers, 
     assert {row["asked"] for row in read_jsonl(tmp_path / "b" / "judgments.jsonl")} == {0}
 
 
-@pytest.mark.parametrize("change", [{"model": "judge-snapshot-2"}, {"temperature": 1}, {"max_tokens": 65}, {"repeats": 2}])
+@pytest.mark.parametrize(
+    "change", [{"model": "judge-snapshot-2"}, {"temperature": 1}, {"max_tokens": 65}, {"repeats": 2}]
+)
 def test_another_judge_parameter_or_repeat_is_asked(server, config, questions, answers, tmp_path, change) -> None:
     config |= {"cache": True}
     judge_run(config, questions, answers, None, tmp_path / "a")
@@ -192,7 +194,12 @@ def test_every_sample_is_judged(server, config, questions, answers, baseline, tm
     _, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     rows = list(read_jsonl(tmp_path / "judgments.jsonl"))
     assert counts["judgments"] == 8
-    assert sorted((row["turn"], row["sample"]) for row in rows if row["question_id"] == 1) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert sorted((row["turn"], row["sample"]) for row in rows if row["question_id"] == 1) == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
 
 
 def test_all_pairs_give_each_model_its_win_rate(server, config, questions, answers, baseline, tmp_path) -> None:

@@ -41,7 +41,10 @@ PUBLISHED_PAIR = {
 def test_published_judgments_are_read(tmp_path) -> None:
     single, pairs = tmp_path / "gpt-4_single.jsonl", tmp_path / "gpt-4_pair.jsonl"
     single.write_text(
-        "".join(json.dumps({**PUBLISHED_SINGLE, "model": m, "score": s}) + "\n" for m, s in (("alpaca-13b", 4), ("gpt-3.5-turbo", 8)))
+        "".join(
+            json.dumps({**PUBLISHED_SINGLE, "model": m, "score": s}) + "\n"
+            for m, s in (("alpaca-13b", 4), ("gpt-3.5-turbo", 8))
+        )
     )
     pairs.write_text(json.dumps(PUBLISHED_PAIR) + "\n")
     found = agreement(load(single), load(pairs))

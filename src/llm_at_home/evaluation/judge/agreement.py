@@ -131,7 +131,9 @@ def load(path: Path | str) -> Source:
     if path.is_dir():
         path = store.run_folder(path) / "judgments.jsonl"
     if not path.is_file():
-        raise Refusal(f"there are no judgments at {path}: give a judge's run folder, its judgments.jsonl, or a CSV file")
+        raise Refusal(
+            f"there are no judgments at {path}: give a judge's run folder, its judgments.jsonl, or a CSV file"
+        )
     return _people(path) if path.suffix == ".csv" else from_rows(str(path), read_jsonl(path))
 
 
@@ -182,7 +184,9 @@ def agreement(a: Source, b: Source) -> Agreement:
     means_a, means_b = a.means(by_turn), b.means(by_turn)
     shared = sorted(means_a.keys() & means_b.keys())
     if not compared and not shared:
-        raise Refusal(f"{a.name} and {b.name} have judged nothing in common: model names and questions must be the same")
+        raise Refusal(
+            f"{a.name} and {b.name} have judged nothing in common: model names and questions must be the same"
+        )
     with_ties, without = _share(compared), _share(decided)
     return Agreement(
         len(compared),
@@ -219,9 +223,7 @@ def _share(votes: list[tuple[int, float, float]]) -> tuple[float | None, tuple[f
     return float(sums.sum() / sizes.sum()), interval
 
 
-def _self_preference(
-    judge: Source, own: dict[Pair, list[float]], other: dict[Pair, list[float]]
-) -> dict[str, float]:
+def _self_preference(judge: Source, own: dict[Pair, list[float]], other: dict[Pair, list[float]]) -> dict[str, float]:
     """By model that is the judge itself: its win rate by its own word less that by the other's, on the same pairs."""
     found = {}
     for model in judge.judges:

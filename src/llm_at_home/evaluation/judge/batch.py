@@ -59,7 +59,9 @@ def replies(
     except openai.APIStatusError as error:
         if error.status_code in (404, 405, 501):
             raise JudgeDenied(f"the judge at {client.base_url} has no Batch API: use judge.batch=false") from None
-        raise JudgeUnreachable(client.redact(f"the Batch API: HTTP {error.status_code}: {error.message}")[:300]) from None
+        raise JudgeUnreachable(
+            client.redact(f"the Batch API: HTTP {error.status_code}: {error.message}")[:300]
+        ) from None
     except openai.APIConnectionError as error:
         raise JudgeUnreachable(client.redact(f"the Batch API: {error.__cause__ or error}")[:300]) from None
     pending.unlink(missing_ok=True)

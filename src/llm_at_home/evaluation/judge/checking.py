@@ -41,7 +41,7 @@ def check_judge(
     folder: Path,
     seed: int = 0,
     own_answers: Iterable[Row] = (),
-    same_model: tuple[Iterable[Row], Iterable[Row]] | None = None,
+    same_model: tuple[Sequence[Question], Iterable[Row], Iterable[Row]] | None = None,
 ) -> Judged:
     """Planted pairs, and an A/A comparison where two runs of one model are given.
 
@@ -54,7 +54,8 @@ def check_judge(
         seed: of the damage done to the references.
         own_answers: answers of the judge's own model, if any: how often it puts them above the references is its
             self-preference.
-        same_model: answers of one model under two seeds.
+        same_model: questions, and one model's answers to them under two seeds; they are graded as in a run of the judge,
+            and compared in pairs too unless ``mode`` is single.
 
     Returns:
         Readings, each with an interval over questions: ``judge_accuracy*`` is the share of planted pairs in which the
@@ -67,7 +68,7 @@ def check_judge(
         Refusal: when too few questions have references.
         JudgeError: as :func:`~llm_at_home.evaluation.judge.judge_run`.
     """
-    settings.check({**config, "mode": "single"})
+    settings.check({**config, "mode": "single"})  # no baseline is needed here
     templates, setup = settings.templates(config), settings.setup(config)
     bare = [FirstTurn(q.question_id, q.category, list(q.turns[:1])) for q in questions]
     sets = planted_sets(questions, seed)
@@ -80,10 +81,12 @@ def check_judge(
         if kind != REFERENCE:
             items += pair_items(bare, sets[REFERENCE], rows, templates, setup)[0]
     if same_model is not None:
-        first, second = distinctly_named([list(one) for one in same_model])
-        items += single_items(questions, first, templates, setup)[0]
-        items += single_items(questions, second, templates, setup)[0]
-        items += pair_items(questions, first, second, templates, setup)[0]
+        asked, *sides = same_model
+        first, second = distinctly_named([list(one) for one in sides])
+        items += single_items(asked, first, templates, setup)[0]
+        items += single_items(asked, second, templates, setup)[0]
+        if config["mode"] != "single":
+            items += pair_items(asked, first, second, templates, setup)[0]
     graded = grade(config, items, folder)
     single = [row for row in graded.rows if "model" in row]
     pairs = [row for row in graded.rows if "model" not in row]
@@ -176,6 +179,8 @@ def _noise(single: list[Row], pairs: list[Row], label: str) -> dict[str, Reading
         )
         if difference.detectable is not None:
             readings["judge_aa_score_detectable"] = Reading(difference.detectable, "points", method, n=difference.n)
+    if not pairs:
+        return readings
     readings["judge_aa_win_rate"] = cluster_mean(pairs, points, "1", method)
     by_question: dict[int, list[float]] = defaultdict(list)
     for row in pairs:

@@ -141,7 +141,9 @@ def is_control(a: JudgedRun, b: JudgedRun) -> bool:
 
 def as_text(differences: list[Difference], control: bool) -> str:
     """A table for a terminal."""
-    lines = [f"{'':<12} {'a':>7} {'b':>7} {'a - b':>8}  {'95 % interval':<20} {'p':>6} {'detectable':>11} {'n':>4} missing"]
+    lines = [
+        f"{'':<12} {'a':>7} {'b':>7} {'a - b':>8}  {'95 % interval':<20} {'p':>6} {'detectable':>11} {'n':>4} missing"
+    ]
     for one in differences:
         ends = f"[{one.interval95[0]:+.3f}, {one.interval95[1]:+.3f}]" if one.interval95 else "unknown: one question"
         seen = f"{one.detectable:.3f}" if one.detectable is not None else "-"

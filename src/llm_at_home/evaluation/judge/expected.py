@@ -64,5 +64,7 @@ def _distribution(client: JudgeClient, prompt: str, extra_body: Mapping[str, Any
         found = reply["completion_probabilities"][0]["top_logprobs"]
         pairs = [(entry["token"], math.exp(entry["logprob"])) for entry in found]
     except (KeyError, IndexError, TypeError):
-        raise JudgeRejected("the server gives no probabilities: judge.rating=expected needs llama.cpp's server") from None
+        raise JudgeRejected(
+            "the server gives no probabilities: judge.rating=expected needs llama.cpp's server"
+        ) from None
     return dict(pairs)

@@ -49,9 +49,7 @@ class Outcome(Generic[T]):
     probabilities: tuple[float, ...] | None = None
 
 
-def attempt(
-    judge: Judge, kind: str, messages: Messages, repeat: int, parse: Callable[[str], T | None]
-) -> Outcome[T]:
+def attempt(judge: Judge, kind: str, messages: Messages, repeat: int, parse: Callable[[str], T | None]) -> Outcome[T]:
     """Ask, and ask once more in the same words when the reply cannot be read.
 
     The same words at the same temperature, because another prompt, seed or temperature would be another

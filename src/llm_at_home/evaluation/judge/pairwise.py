@@ -46,9 +46,7 @@ class PairItem:
 
     def judge(self, judge: Judge) -> Row:
         """Compare them in both orders; FastChat's fields first, then ours."""
-        first, second = (
-            attempt(judge, kind, order, repeat, parse_verdict) for kind, order, repeat in self.requests
-        )
+        first, second = (attempt(judge, kind, order, repeat, parse_verdict) for kind, order, repeat in self.requests)
         return {
             **self.head,
             "g1_winner": _winner(first, _FIRST_ORDER),
