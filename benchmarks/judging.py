@@ -3,11 +3,10 @@
     python benchmarks/judging.py --out results/two_core_cpu/mt_bench --minutes 60
     python benchmarks/judging.py --table results/two_core_cpu/mt_bench
 
-Two questions of each category, both turns, in batches. ``OUT/answers/NAME`` holds each run's record and answers, a second
-seed of the unquantized model among them; ``OUT/single/NAME`` its scores; ``OUT/pairwise/NAME`` its comparisons with the
-unquantized model, on the first question of each category; ``OUT/check`` the planted pairs and the comparison of the two
-seeds. Judgments are kept without the prompts, which follow from questions, answers and templates. What is there is not
-run again.
+Two questions of each category, both turns, in batches. ``OUT/answers/NAME`` holds each run's record and answers, a
+second seed of the unquantized model among them; ``OUT/single/NAME`` its scores; ``OUT/pairwise/NAME`` its comparisons
+with the unquantized model, on the first question of each category; ``OUT/check`` the planted pairs. Judgments are kept
+without the prompts, which follow from questions, answers and templates. What is there is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import rows as common
 
+from llm_at_home.evaluation.judge.comparison import compare_rows
 from llm_at_home.records import store
 from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Reading
@@ -49,8 +49,6 @@ CHECKED = (
     ("judge_consistency", "both orders agree"),
     ("judge_position_bias", "the first of two wins, where one does"),
     ("judge_length_bias", "an answer said three times over against the plain one"),
-    ("judge_aa_score_difference", "one model, two seeds: difference of mean scores (points)"),
-    ("judge_aa_score_detectable", "smallest difference of mean scores that shows (points)"),
 )
 
 
@@ -78,14 +76,13 @@ def steps(args: argparse.Namespace) -> list[tuple[str, list[str], str]]:
     out = args.out.resolve()
     asked = [f"questions.ids=[{','.join(map(str, IDS))}]", "questions=mt_bench"]
     first = [f"questions.ids=[{','.join(map(str, FIRST))}]", "questions=mt_bench"]
-    base, seed = f"{out}/answers/{BASE}", f"{out}/answers/{SEED}"
+    base = f"{out}/answers/{BASE}"
     rows = []
     for name in args.models:
         length = [f"engine.max_new_tokens={args.tokens}", f"engine.batch_size={args.batch}", "engine.warmup_tokens=4"]
         rows.append((f"answers/{name}", ["infer.py", *asked, *length, *MODELS[name]], "answers.jsonl"))
         rows.append((f"single/{name}", ["evaluate.py", f"answers={out}/answers/{name}"], "judgments.jsonl"))
     check = ["evaluate.py", "task=judge_check", "questions=home_bench", f"limit={args.planted}"]
-    check += [f"answers={base}", f"baseline={seed}"] if {BASE, SEED} <= set(args.models) else []
     rows.append(("check", check, "judgments.jsonl"))
     for name in args.models:
         if name != BASE and BASE in args.models:
@@ -155,8 +152,23 @@ def table(folder: Path) -> str:
         quality = store.load(folder / "check").quality
         known = [(key, title) for key, title in CHECKED if key in quality]
         rows = [[title, cell(quality[key], 3), str(quality[key].n or common.DASH)] for key, title in known]
+        rows += noise(folder)
         parts.append(common.markdown([["the judge itself", "figure", "questions"], *rows]))
     return "\n\n".join(parts)
+
+
+def noise(folder: Path) -> list[list[str]]:
+    """What one model's two seeds differ by, and what a difference of two runs' mean scores must be to show."""
+    sides = [folder / "single" / name for name in (BASE, SEED)]
+    if any(common.status(side) != "ok" for side in sides):
+        return []
+    found = compare_rows(*(list(read_jsonl(side / "judgments.jsonl")) for side in sides))
+    low, high = found.interval95
+    told = f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {found.p_value:.2f}"
+    return [
+        ["one model, two seeds: difference of mean scores (points)", told, str(found.n)],
+        ["smallest difference of mean scores that shows (points)", f"{found.detectable:.3f}", str(found.n)],
+    ]
 
 
 def cell(reading: Reading | None, digits: int, factor: float = 1) -> str:

@@ -27,7 +27,8 @@ def scored(make, of, config_hash, shift, **more):
         for place, name in enumerate(CATEGORIES)
     }
     record.quality |= {
-        f"win_rate_{name}": make.reading(0.1 * place, "1", "local/pairwise", n=2) for place, name in enumerate(CATEGORIES)
+        f"win_rate_{name}": make.reading(0.1 * place, "1", "local/pairwise", n=2)
+        for place, name in enumerate(CATEGORIES)
     }
     record.config |= {"judge": {"model": "tiny-judge", "references": None}} | more
     return record
@@ -36,8 +37,10 @@ def scored(make, of, config_hash, shift, **more):
 @pytest.fixture
 def judged(make, save, runs):
     """Two runs with answers and judgments; one question's text is at hand (home_bench), another's is not."""
-    for number, (quant, shift) in enumerate((("none", 0.0), ("nf4", -0.5))):
-        run = make.infer(f"infer-{quant}", quant=quant, questions={"name": "home_bench", "source": "home_bench", "path": None})
+    for quant, shift in (("none", 0.0), ("nf4", -0.5)):
+        run = make.infer(
+            f"infer-{quant}", quant=quant, questions={"name": "home_bench", "source": "home_bench", "path": None}
+        )
         place = save(run, f"answers-{quant}").parent
         turns = [HOSTILE if quant == "nf4" else f"first of {quant}", f"second of {quant}"]
         rows = [
@@ -47,7 +50,13 @@ def judged(make, save, runs):
         write_rows(place / "answers.jsonl", rows)
         folder = save(scored(make, run, f"judge-{quant}", shift), f"judge-{quant}").parent
         single = {"question_id": 1001, "model": quant, "judge": ["tiny-judge", "single-v1"], "turn": 1, "sample": 0}
-        pair = {"question_id": 1001, "model_1": quant, "model_2": HOSTILE, "judge": ["tiny-judge", "pair-v2"], "turn": 2}
+        pair = {
+            "question_id": 1001,
+            "model_1": quant,
+            "model_2": HOSTILE,
+            "judge": ["tiny-judge", "pair-v2"],
+            "turn": 2,
+        }
         write_rows(
             folder / "judgments.jsonl",
             [

@@ -1,4 +1,4 @@
-"""``python -m llm_at_home.evaluation``: two runs against each other, two judges against each other, answers of an API."""
+"""``python -m llm_at_home.evaluation``: two runs or two judges against each other, and answers of an API."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import llm_at_home
 
-# Keys at the top level of a configuration that cannot change a figure; paths within its groups, whose contents are hashed
-# instead, and keys there that cannot change one either.
+# Keys at the top level of a configuration that cannot change a figure; paths within its groups, whose contents are
+# hashed instead, and keys there that cannot change one either.
 NOT_HASHED = (
     *("paths", "logger", "rerun", "timeout_s", "grace_s", "strict", "resume", "metric"),
     *("adapter_path", "answers", "baseline", "own_answers"),

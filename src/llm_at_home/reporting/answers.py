@@ -155,12 +155,17 @@ def _read(row: dict[str, Any]) -> list[Judgment]:
     after = f", {', '.join(which)}" if which else ""
     if "model" in row:
         missing = f"no score: {facts.clean(row.get('missing'))}"
-        return [Judgment(judge, (missing if row["score"] == -1 else f"{row['score']:.4g} of 10") + after, str(row["judgment"]))]
+        return [
+            Judgment(
+                judge, (missing if row["score"] == -1 else f"{row['score']:.4g} of 10") + after, str(row["judgment"])
+            )
+        ]
     words = {"model_1": "wins", "model_2": "loses", "tie": "ties"}
     return [
         Judgment(
             judge,
-            f"{words.get(row[f'{order}_winner'], 'no verdict')} against {facts.clean(row['model_2'])}, standing {place}{after}",
+            f"{words.get(row[f'{order}_winner'], 'no verdict')} against {facts.clean(row['model_2'])}, "
+            f"standing {place}{after}",
             str(row[f"{order}_judgment"]),
         )
         for place, order in (("first", "g1"), ("second", "g2"))

@@ -125,7 +125,10 @@ def headlines(kind: str, quality: Iterable[str]) -> list[str]:
     return [
         name
         for name in quality
-        if name in whole or "_turn_" in name or name.startswith("win_rate_of_") or not name.startswith(("judge_score_", "win_rate_"))
+        if name in whole
+        or "_turn_" in name
+        or name.startswith("win_rate_of_")
+        or not name.startswith(("judge_score_", "win_rate_"))
     ]
 
 

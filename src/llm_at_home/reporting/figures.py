@@ -87,6 +87,7 @@ def _chart(table: Table, column: Column) -> Chart | None:
 
 def labels(rows: Sequence[Row]) -> list[str]:
     """A short name for each run: its quantization, and what else tells it from the others."""
+
     def parts(row: Row, keys: Sequence[str]) -> str:
         return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
 

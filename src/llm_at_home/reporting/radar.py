@@ -134,9 +134,7 @@ def _distinct(rows: Sequence[Row]) -> list[str]:
     return named
 
 
-def _outline(
-    label: str, shares: Sequence[float], values: Sequence[float], names: Sequence[str], style: int
-) -> Outline:
+def _outline(label: str, shares: Sequence[float], values: Sequence[float], names: Sequence[str], style: int) -> Outline:
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
     corners = tuple(_corner(share, place, len(shares)) for place, share in enumerate(shares))
     return Outline(label, f"{label}: {told}", _polygon(shares), corners, style)

@@ -15,8 +15,8 @@ ANSWERS = "answers.jsonl"
 class QuestionTurns:
     """Questions asked turn by turn, each answer becoming part of the next turn's prompt.
 
-    In batches, the first turns of ``batch_size`` conversations are answered at once and then their second turns. A batch
-    has one temperature, so questions are grouped by it, and one seed, which is that of its first conversation.
+    In batches, the first turns of ``batch_size`` conversations are answered at once and then their second turns. A
+    batch has one temperature, so questions are grouped by it, and one seed, which is that of its first conversation.
 
     Args:
         questions: with one or two turns each.

@@ -26,7 +26,7 @@ def known():
 
 def parts(body) -> tuple[str, list[str]]:
     """Question number and answers in a prompt of the test's templates."""
-    name, _, rest = body["messages"][1]["content"].partition(": ")
+    rest = body["messages"][1]["content"].partition(": ")[2]
     question, *answers = rest.split("|")
     return question, answers
 

@@ -1,4 +1,4 @@
-"""FastChat's own ``show_result`` reads our judgments and says what our record says; its published files are read by us."""
+"""FastChat's own ``show_result`` reads our judgments and says what our record says; published files are read by us."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import pytest
 from llm_at_home.evaluation.judge import judge_run
 from llm_at_home.evaluation.judge.agreement import agreement, load
 
-# Rows in the very fields of FastChat's gen_judgment.py (common.py: play_a_match_single, play_a_match_pair) and nothing else.
+# Rows in the very fields of FastChat's common.py (play_a_match_single, play_a_match_pair) and nothing else.
 PUBLISHED_SINGLE = {
     "question_id": 1,
     "model": "alpaca-13b",

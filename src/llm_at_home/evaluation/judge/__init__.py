@@ -51,8 +51,8 @@ def judge_run(
         others: further runs' answers, for ``mode`` all_pairs.
 
     Returns:
-        Readings ``judge_score_*`` in points and ``win_rate*`` from 0 to 1, counts, and ``judge_cost``. ``judgments`` and
-        ``judgments_missing`` are about the whole file, ``judge_*`` about what this run asked; on a resumed
+        Readings ``judge_score_*`` in points and ``win_rate*`` from 0 to 1, counts, and ``judge_cost``. ``judgments``
+        and ``judgments_missing`` are about the whole file, ``judge_*`` about what this run asked; on a resumed
         run the latter can be 0. ``answers_missing`` counts turns that no answer could be found for.
 
     Raises:

@@ -2,8 +2,8 @@
 
 As in Zheng et al. 2023, section 4.2.
 
-A judge is a run folder of ``task=judge``, a file of judgments in FastChat's format, or a CSV file of people's grades with the
-columns question_id, model, rater and grade.
+A judge is a run folder of ``task=judge``, a file of judgments in FastChat's format, or a CSV file of people's grades
+with the columns question_id, model, rater and grade.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Agreement:
             f"{a} and {b}",
             f"agreement with ties:    {told(self.with_ties, self.with_ties_interval, self.votes, '33.3')}",
             f"agreement without ties: {told(self.without_ties, self.without_ties_interval, self.decided, '50')}",
-            f"rank correlation:       "
+            "rank correlation:       "
             + (rank if self.spearman is None else f"{self.spearman:.3f} (Spearman), n = {self.answers} answers"),
         ]
         lines += [

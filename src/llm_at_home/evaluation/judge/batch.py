@@ -1,4 +1,4 @@
-"""OpenAI's Batch API: all requests in one file, answered within a day, at a lower price where the provider gives one."""
+"""OpenAI's Batch API: all requests in one file, answered within a day, at a lower price from some providers."""
 
 from __future__ import annotations
 

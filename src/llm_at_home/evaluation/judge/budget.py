@@ -1,4 +1,4 @@
-"""What judging costs: prices from the configuration, and a limit that requests are held against before they are sent."""
+"""What judging costs: prices from the configuration, and a limit that no request is sent beyond."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_at_home.records.schema import Reading
 
-# English takes four to five bytes a token in current vocabularies, code and mathematics about three.
+# An estimate from the text's length, and one that is to be on the safe side: a hosted model's tokenizer is not at hand.
 CAUTIOUS_BYTES_PER_TOKEN = 3
 USUAL_BYTES_PER_TOKEN = 4
 _MILLION = 1e6
@@ -34,8 +34,8 @@ class Budget:
     def __init__(
         self, prices: Mapping[str, Any] | None = None, max_usd: float | None = None, share: float = 1.0
     ) -> None:
-        self._input = (prices or {}).get("input")
-        self._output = (prices or {}).get("output")
+        self._input: float | None = (prices or {}).get("input")
+        self._output: float | None = (prices or {}).get("output")
         self._source = (prices or {}).get("source")
         self.max_usd = max_usd
         self.share = share
@@ -51,7 +51,7 @@ class Budget:
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """US dollars; 0 without prices, which :attr:`is_priced` tells from free."""
-        if not self.is_priced:
+        if self._input is None or self._output is None:
             return 0.0
         return self.share * (prompt_tokens * self._input + completion_tokens * self._output) / _MILLION
 
@@ -65,7 +65,7 @@ class Budget:
         with self._guard:
             if self.max_usd is not None and self.spent + self._reserved + worst > self.max_usd:
                 raise OverBudget(
-                    f"judge.max_cost_usd={self.max_usd:g}: {self.spent:.4f} USD are spent and the next request could cost "
+                    f"judge.max_cost_usd={self.max_usd:g}: {self.spent:.4f} USD are spent, the next request could cost "
                     f"{worst:.4f}; what was judged is kept, and the same command with a higher limit goes on"
                 )
             self._reserved += worst

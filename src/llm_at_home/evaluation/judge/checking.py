@@ -1,4 +1,4 @@
-"""Tests a judge before it is believed: accuracy and biases on planted pairs, and the noise of one model under two seeds."""
+"""Tests a judge before it is believed: accuracy and biases on planted pairs, and one model's two seeds as noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class FirstTurn:
-    """A question with its first turn alone and without its reference: a judge that saw it would only have to compare."""
+    """A question's first turn, without its reference: a judge that saw it would only have to compare."""
 
     question_id: int
     category: str
@@ -54,8 +54,8 @@ def check_judge(
         seed: of the damage done to the references.
         own_answers: answers of the judge's own model, if any: how often it puts them above the references is its
             self-preference.
-        same_model: questions, and one model's answers to them under two seeds; they are graded as in a run of the judge,
-            and compared in pairs too unless ``mode`` is single.
+        same_model: questions, and one model's answers to them under two seeds; they are graded as in a run of the
+            judge, and compared in pairs too unless ``mode`` is single.
 
     Returns:
         Readings, each with an interval over questions: ``judge_accuracy*`` is the share of planted pairs in which the

@@ -1,4 +1,4 @@
-"""Two judged runs against each other, question by question: paired differences, tests, and what could be seen at all."""
+"""Two judged runs against each other, question by question: paired differences, and what could be seen at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Ratings as an expected value over the scale, from llama.cpp's probabilities instead of one chosen token.
 
-A small model's most likely rating is nearly always the same one; its mean over the ten possible ratings still moves with
-the answer (G-Eval, Liu et al. 2023, section 2, weighs ratings by their probabilities likewise).
+A small model's most likely rating is nearly always the same one; its mean over the ten possible ratings still moves
+with the answer (G-Eval, Liu et al. 2023, weighs ratings by their probabilities likewise).
 """
 
 from __future__ import annotations

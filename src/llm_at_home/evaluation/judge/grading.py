@@ -35,8 +35,8 @@ class Graded:
 class Estimate:
     """What a run would ask, before it asks.
 
-    Prompt tokens are estimated at four bytes each. ``least_usd`` is for the prompts alone, ``most_usd`` with every reply
-    as long as ``judge.max_tokens``; None where no price is known. Replies that are unreadable or lost cost extra.
+    Prompt tokens are estimated at four bytes each. ``least_usd`` is for the prompts alone, ``most_usd`` with every
+    reply as long as ``judge.max_tokens``; None where no price is known. Replies that are unreadable or lost cost extra.
     """
 
     judgments: int

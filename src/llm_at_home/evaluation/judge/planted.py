@@ -38,7 +38,7 @@ def planted_sets(questions: Sequence[Question], seed: int = 0) -> dict[str, list
     known = [(q, q.reference[0]) for q in questions if q.reference and len(q.reference[0].split()) >= 6]
     if len({question.category for question, _ in known}) < 2:
         raise Refusal(
-            "planted pairs are made of reference answers to questions of two categories or more, and these questions have "
+            "planted pairs are made of reference answers to questions of two categories or more, and these have "
             "none: use questions=home_bench or questions=mt_bench"
         )
     sets: dict[str, list[Row]] = {REFERENCE: [], **{kind: [] for kind in KINDS}}
