@@ -92,7 +92,8 @@ def _readings(task: str, figures: Mapping[str, Any], samples: int | None, method
             found[key] = Reading.unknown("1", "the harness gave no finite figure", method)
             continue
         error = figures.get(f"{metric}_stderr,{filtered}")
-        known = isinstance(error, int | float) and math.isfinite(error)
-        interval = (value - _Z95 * error, value + _Z95 * error) if known else None
+        interval = None
+        if isinstance(error, int | float) and math.isfinite(error):
+            interval = (value - _Z95 * error, value + _Z95 * error)
         found[key] = Reading(float(value), "1", method, interval95=interval, n=samples)
     return found

@@ -274,5 +274,6 @@ def batch_server() -> Iterator[BatchServer]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test finds another's replies."""
-    monkeypatch.setenv("LLM_AT_HOME_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    path = tmp_path / "cache" / "replies.sqlite"
+    monkeypatch.setattr("llm_at_home.evaluation.judge.grading.cache_path", lambda: path)
+    return path

@@ -229,7 +229,9 @@ def _self_preference(judge: Source, own: dict[Pair, list[float]], other: dict[Pa
     for model in judge.judges:
         keys = [key for key in own.keys() & other.keys() if model in key[2:]]
         if keys:
-            rates = [float(np.mean([_of(model, key, np.mean(votes[key])) for key in keys])) for votes in (own, other)]
+            rates = [
+                float(np.mean([_of(model, key, float(np.mean(votes[key]))) for key in keys])) for votes in (own, other)
+            ]
             found[model] = rates[0] - rates[1]
     return found
 

@@ -172,7 +172,7 @@ def _noise(single: list[Row], pairs: list[Row], label: str) -> dict[str, Reading
     sides = [[row for row in single if row["model"] == name] for name in names]
     method = f"{label}/aa"
     readings: dict[str, Reading] = {}
-    if len(sides) == 2 and (difference := compare_rows(*sides)):
+    if len(sides) == 2 and (difference := compare_rows(sides[0], sides[1])):
         interval = difference.interval95
         readings["judge_aa_score_difference"] = Reading(
             difference.difference, "points", method, interval95=interval, n=difference.n

@@ -122,11 +122,14 @@ def compare(a: JudgedRun, b: JudgedRun) -> list[Difference]:
     if judges[0] != judges[1]:
         raise Refusal(f"scores of two judges do not compare: {sorted(judges[0])} and {sorted(judges[1])}")
     found = [compare_rows(a.rows, b.rows)]
+
+    def part(what: str, key: str, value: Any) -> Difference | None:
+        one, other = ([row for row in run.rows if row.get(key) == value] for run in (a, b))
+        return compare_rows(one, other, what)
+
     for turn in (1, 2):
-        found.append(compare_rows(*([r for r in run.rows if r["turn"] == turn] for run in (a, b)), f"turn {turn}"))
-    for category in sorted({row.get("category", "") for row in a.rows}):
-        sides = [[row for row in run.rows if row.get("category") == category] for run in (a, b)]
-        found.append(compare_rows(*sides, category))
+        found.append(part(f"turn {turn}", "turn", turn))
+    found += [part(name, "category", name) for name in sorted({row.get("category") or "" for row in a.rows})]
     differences = [one for one in found if one is not None]
     if not differences:
         raise Refusal("the two runs share no judged question")

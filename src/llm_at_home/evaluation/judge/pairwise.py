@@ -46,7 +46,8 @@ class PairItem:
 
     def judge(self, judge: Judge) -> Row:
         """Compare them in both orders; FastChat's fields first, then ours."""
-        first, second = (attempt(judge, kind, order, repeat, parse_verdict) for kind, order, repeat in self.requests)
+        outcomes: list[Outcome[Verdict]] = [attempt(judge, *request, parse_verdict) for request in self.requests]
+        first, second = outcomes
         return {
             **self.head,
             "g1_winner": _winner(first, _FIRST_ORDER),
