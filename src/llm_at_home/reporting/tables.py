@@ -264,7 +264,9 @@ class _Book:
             if run.record.config_hash and facts.subject_hash(judge.record) == run.record.config_hash:
                 reading = next((judge.record.quality[name] for name in names if name in judge.record.quality), None)
                 if reading:
-                    scores.append(column.entry(reading, judge.path, facts.clean(reading.method)))
+                    missing_too = judge.record.counts.get("judgments_missing")
+                    label = facts.clean(reading.method) + (f", {missing_too} missing" if missing_too else "")
+                    scores.append(column.entry(reading, judge.path, label))
         if facts.has_random_weights(run.record) and not scores:
             missing = "a model with random weights has no quality to score"
         return Cell(tuple(scores) or (unknown(missing),))

@@ -82,6 +82,15 @@ def test_pairs_are_judged_in_both_orders(server, config, questions, answers, bas
     assert readings["win_rate_stem"].value == 0.25
     assert (counts["judgments"], counts["inconsistent_orders"], counts["judge_calls"]) == (6, 2, 12)
     assert "judge_score_mean" not in readings
+    assert {name: counts[name] for name in ("wins", "ties", "losses", "no_verdict")} == {
+        "wins": 2,
+        "ties": 3,
+        "losses": 1,
+        "no_verdict": 0,
+    }
+    # Of ten orders with a winner, question 2's four went to the first; of the others half did.
+    assert readings["judge_first_wins"].value == pytest.approx((4 + 3) / 10)
+    assert readings["judge_longer_wins"].value is None, "all answers are of one length"
 
 
 def test_both_modes_share_a_file(server, config, questions, answers, baseline, tmp_path) -> None:

@@ -61,7 +61,13 @@ def judge_run(
     """
     from llm_at_home.evaluation.judge import settings
     from llm_at_home.evaluation.judge.grading import grade
-    from llm_at_home.evaluation.judge.summary import all_pairs_readings, pair_readings, single_readings, tally
+    from llm_at_home.evaluation.judge.summary import (
+        all_pairs_readings,
+        outcomes,
+        pair_readings,
+        single_readings,
+        tally,
+    )
 
     items, unanswered = _items(config, questions, answers, baseline_answers, others)
     graded = grade(config, items, folder)
@@ -76,6 +82,8 @@ def judge_run(
     if mode == "all_pairs":
         quality |= all_pairs_readings(pair_rows, label)
     counts = {**tally(single_rows, pair_rows), "answers_missing": unanswered, **graded.counts}
+    if mode in ("pairwise", "both"):
+        counts |= outcomes(pair_rows)
     return Judged(quality, counts, graded.costs)
 
 

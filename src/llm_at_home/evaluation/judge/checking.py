@@ -18,7 +18,7 @@ from llm_at_home.evaluation.judge.pairwise import ERROR, inconsistent, pair_item
 from llm_at_home.evaluation.judge.planted import KINDS, PADDED, REFERENCE, WORSE, planted_sets
 from llm_at_home.evaluation.judge.prompts import Question
 from llm_at_home.evaluation.judge.single import single_items
-from llm_at_home.evaluation.judge.summary import cluster_mean, score, tally
+from llm_at_home.evaluation.judge.summary import cluster_mean, habits, score, tally
 from llm_at_home.evaluation.statistics import bootstrap_draws, smallest_detectable
 from llm_at_home.records.schema import Reading
 
@@ -126,16 +126,10 @@ def _accuracy(planted: list[Row], single: list[Row], label: str) -> dict[str, Re
 
 def _biases(planted: list[Row], label: str) -> dict[str, Reading]:
     method = f"{label}/planted_pairs"
-    orders = [
-        {**row, "first_won": 1.0 if row[name] == first else 0.0}
-        for row in planted
-        for name, first in (("g1_winner", "model_1"), ("g2_winner", "model_2"))
-        if row[name] not in (ERROR, "tie")
-    ]
     whole = [row for row in planted if ERROR not in (row["g1_winner"], row["g2_winner"])]
     padded = [row for row in planted if row["model_2"] == PADDED]
     readings = {
-        "judge_position_bias": cluster_mean(orders, lambda row: row["first_won"], "1", method),
+        "judge_position_bias": habits(planted, method)["judge_first_wins"],
         "judge_consistency": cluster_mean(whole, lambda row: 0.0 if inconsistent(row) else 1.0, "1", method),
         "judge_length_bias": cluster_mean(padded, _other_side, "1", method),
     }

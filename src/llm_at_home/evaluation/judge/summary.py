@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from math import sqrt
+from operator import itemgetter
 from statistics import mean
 
 from llm_at_home.evaluation.judge.items import Row
@@ -57,7 +58,44 @@ def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     readings = {"win_rate": cluster_mean(rows, points, "1", method)}
     for category, of_category in _by_category(rows).items():
         readings[f"win_rate_{category}"] = cluster_mean(of_category, points, "1", method)
-    return readings
+    return readings | habits(rows, method)
+
+
+def habits(rows: Iterable[Row], method: str) -> dict[str, Reading]:
+    """Of the orders that named a winner, the share won by the answer that stood first, and by the longer one.
+
+    The first is 0.5 for a judge that does not mind the position. The longer answer may well be the better one: a share
+    far from 0.5 is a reason to look, and planted pairs tell the two apart (``task=judge_check``).
+    """
+    orders = [order for row in rows for order in _orders(row)]
+    unequal = [order for order in orders if order["longer_won"] is not None]
+    figures = {"judge_first_wins": (orders, "first_won"), "judge_longer_wins": (unequal, "longer_won")}
+    return {
+        name: cluster_mean(found, itemgetter(key), "1", method)
+        if found
+        else Reading.unknown("1", "no order named a winner between two such answers", method)
+        for name, (found, key) in figures.items()
+    }
+
+
+def _orders(row: Row) -> list[Row]:
+    """A row for each order that named a winner."""
+    found = []
+    for name, first in (("g1_winner", "model_1"), ("g2_winner", "model_2")):
+        winner = row[name]
+        if winner not in ("model_1", "model_2"):
+            continue
+        one, two = row.get("lengths") or (0, 0)
+        longer = None if one == two else float((winner == "model_1") == (one > two))
+        first_won = float(winner == first)
+        found.append({"question_id": row["question_id"], "first_won": first_won, "longer_won": longer})
+    return found
+
+
+def outcomes(rows: Iterable[Row]) -> dict[str, int]:
+    """How many comparisons the first of two models won, tied and lost, and how many have no verdict."""
+    found = Counter(points(row) for row in rows)
+    return {"wins": found[1.0], "ties": found[0.5], "losses": found[0.0], "no_verdict": found[None]}
 
 
 def all_pairs_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
