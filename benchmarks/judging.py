@@ -36,6 +36,7 @@ MODELS = {
     "awq": ["quant=awq"],
     "gptq": ["quant=gptq"],
 }
+ROWS = ("answers", "single", "check", "pairwise")
 PROMPTS = ("user_prompt", "g1_user_prompt", "g2_user_prompt")
 CHECKED = (
     ("judge_accuracy", "planted pairs: the reference wins"),
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="print the tables of such a folder")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after so many")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which of them to measure")
     parser.add_argument("--tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--planted", type=int, default=27, help="questions of home_bench to plant pairs from")
@@ -96,12 +98,13 @@ def measure(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.minutes * 60
     failed = False
     for name, command, kept in steps(args):
-        if common.status(args.out / name) in common.DONE:
+        if name.split("/")[0] not in args.rows or common.status(args.out / name) in common.DONE:
             continue
         if time.monotonic() > deadline:
             print(f"{args.minutes:g} minutes are up: the same command goes on with {name}")
             return int(failed)
-        words = [*command, "logger=none", *args.overrides]
+        asks_nobody = command[0] == "infer.py"
+        words = [*command, "logger=none", *(w for w in args.overrides if not (asks_nobody and w.startswith("judge")))]
         print(
             common.run_row(name, words, args.out, ("decode_tokens_per_second", "judge_score_mean", "win_rate"), [kept]),
             flush=True,
