@@ -27,7 +27,7 @@ from llm_at_home.data.questions import load_questions
 from llm_at_home.evaluation.judge.local import LocalServer, find_gguf
 from llm_at_home.records import store
 
-QUESTIONS = 6
+QUESTIONS = 4
 TIMEOUT_S = 4
 KEY = "JUDGE_BENCHMARK_KEY"
 PRICES = ["judge.prices.input=30", "judge.prices.output=60", "judge.prices.source=gpt-4's list of 2023-06"]
@@ -71,9 +71,9 @@ def references() -> list[dict]:
 
 def real(name: str, answers: Path, out: Path) -> str:
     """llama.cpp's own server."""
-    with LocalServer(find_gguf(), context=4096) as server:
+    with LocalServer(find_gguf(), context=4096, threads=1) as server:
         os.environ[KEY] = server.api_key
-        words = [f"judge.api_key_env={KEY}", "judge.model=SmolLM2-135M-Instruct.Q4_1", "judge.max_tokens=96"]
+        words = [f"judge.api_key_env={KEY}", "judge.model=SmolLM2-135M-Instruct.Q4_1", "judge.max_tokens=64"]
         return judge(name, answers, out, server.base_url, *words)
 
 
@@ -134,7 +134,7 @@ def completion(text: str) -> bytes:
 def judge(name: str, answers: Path, out: Path, address: str, *more: str) -> str:
     """One run of evaluate.py against a server, its record kept."""
     words = ["evaluate.py", "judge=server", f"judge.base_url={address}", f"answers={answers}", "questions=home_bench"]
-    words += [f"limit={QUESTIONS}", "judge.concurrency=2", "logger=none", "judge.cache=false"]
+    words += [f"limit={QUESTIONS}", "judge.concurrency=1", "logger=none", "judge.cache=false"]
     words += [] if name == "real" else [f"judge.timeout_s={TIMEOUT_S}"]
     return common.run_row(name, [*words, *more], out, ("judge_score_mean", "judge_cost"))
 
