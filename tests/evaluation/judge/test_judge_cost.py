@@ -1,6 +1,8 @@
 """What judging costs, and what keeps it from costing more: cache, budget, limits on the rate, batches, estimates."""
 
 import json
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.evaluation.judge import estimate_run, judge_run
 from llm_at_home.evaluation.judge.batch import PENDING
 from llm_at_home.evaluation.judge.budget import Budget, OverBudget
-from llm_at_home.evaluation.judge.client import JudgeDenied, JudgeOverBudget
+from llm_at_home.evaluation.judge.client import JudgeClient, JudgeDenied, JudgeOverBudget, JudgeUnreachable
 from llm_at_home.evaluation.judge.limits import RateLimit
 from llm_at_home.records.jsonl import read_jsonl
 
@@ -137,6 +139,18 @@ def test_no_more_requests_or_tokens_a_minute_than_allowed() -> None:
     assert slept == [60, 60]  # the last is longer than a minute's tokens and goes alone
 
 
+def test_a_stopped_client_waits_for_no_limit(server) -> None:
+    client = JudgeClient("m", server.base_url, limit=RateLimit(1))
+    client.ask([{"role": "user", "content": "hi"}])
+    waiting = threading.Timer(0.1, client.stop)
+    waiting.start()
+    start = time.monotonic()
+    with pytest.raises(JudgeUnreachable, match="stopped"):
+        client.ask([{"role": "user", "content": "hi"}])
+    assert time.monotonic() - start < 10
+    assert len(server.bodies) == 1
+
+
 def test_a_batch_answers_all_and_what_fails_in_it_is_asked_singly(
     batch_server, config, questions, answers, tmp_path, monkeypatch
 ) -> None:
@@ -150,7 +164,8 @@ def test_a_batch_answers_all_and_what_fails_in_it_is_asked_singly(
     assert scores == {(1, 1): 3, (1, 2): 3, (2, 1): 7, (2, 2): 7, (3, 1): 7, (3, 2): 7}
     assert counts["judge_calls"] == 6
     assert not (tmp_path / PENDING).exists()
-    assert costs["judge_cost"].value == pytest.approx(0.5 * (66 * 30 + 18 * 60) / 1e6)
+    whole = (11 * 30 + 3 * 60) / 1e6
+    assert costs["judge_cost"].value == pytest.approx(4 * 0.5 * whole + 2 * whole), "four of six at half the price"
     sent = json.loads(batch_server.files["file-1"].splitlines()[0])
     assert (sent["method"], sent["url"], sent["body"]["model"]) == ("POST", "/v1/chat/completions", "judge-snapshot-1")
 

@@ -69,11 +69,16 @@ def show_result(tmp_path_factory) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_show_result_prints_our_means(show_result, server, config, questions, answers, tmp_path, capsys) -> None:
-    pytest.importorskip("pandas")
+@pytest.mark.parametrize("mode", ["single", "both"])
+def test_show_result_prints_our_means(
+    show_result, server, config, questions, answers, baseline, tmp_path, capsys, mode
+) -> None:
     scores = iter([3, 8, 6, 9, 2, 7])
-    server.default = lambda body: server.say(f"[[{next(scores)}]]")
-    quality, _, _ = judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
+    server.default = lambda body: server.say(
+        "[[A]]" if body["messages"][1]["content"].startswith("pair") else f"[[{next(scores)}]]"
+    )
+    config |= {"concurrency": 1, "mode": mode}
+    quality, _, _ = judge_run(config, questions, answers, baseline, tmp_path)
     options = {"bench_name": "mt_bench", "judge_model": "j", "model_list": None}
     show_result.display_result_single(SimpleNamespace(input_file=str(tmp_path / "judgments.jsonl"), **options))
     out = capsys.readouterr().out
@@ -90,7 +95,6 @@ def test_show_result_prints_our_win_rate(
     replies = iter("AB BA AA CC AB ??".replace(" ", ""))
     server.default = lambda body: server.say(f"[[{next(replies)}]]")
     config |= {"mode": "pairwise", "concurrency": 1}
-    server.script = []
     quality, counts, _ = judge_run(config, questions, answers, baseline, tmp_path)
     assert counts["judgments_missing"] == 1
     options = {"bench_name": "mt_bench", "judge_model": "j", "model_list": None, "baseline_model": baseline_model}

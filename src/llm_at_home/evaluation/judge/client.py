@@ -256,6 +256,8 @@ class JudgeClient:
         import openai
 
         self._limit.wait(prompt_tokens + self._max_tokens, self._sleep)
+        if self._stopped.is_set():
+            raise JudgeUnreachable("the judge was stopped before it answered")
         try:
             reserved = self.budget.reserve(prompt_tokens, self._max_tokens)
         except OverBudget as error:

@@ -176,6 +176,7 @@ def _ask_in_a_batch(judge: Judge, items: Sequence[Item], folder: Path) -> None:
     if asked:
         requests = [(key, judge.request(kind, messages)) for key, (kind, messages, _) in asked.items()]
         judge.batched = batch.replies(judge.client, requests, folder)
+        judge.client.budget.share = 1.0  # what the batch lacks is asked for singly, at full price
 
 
 def _counts(counts: Counts) -> dict[str, int]:

@@ -32,11 +32,12 @@ class RateLimit:
         self._guard = threading.Lock()
 
     def wait(self, tokens: int, sleep: Callable[[float], object]) -> None:
-        """Sleep until one more request with this many tokens fits, and enter it."""
+        """Sleep until one more request with this many tokens fits, and enter it; a true ``sleep`` gives up waiting."""
         if self._requests is None and self._tokens is None:
             return
         while pause := self._enter(tokens):
-            sleep(pause)
+            if sleep(pause):
+                return
 
     def _enter(self, tokens: int) -> float:
         """0 when the request was entered, else the seconds until it is worth trying again."""
