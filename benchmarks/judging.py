@@ -19,7 +19,7 @@ from pathlib import Path
 
 import rows as common
 
-from llm_at_home.evaluation.judge.comparison import compare_rows
+from llm_at_home.evaluation.judge.comparison import Difference, compare_rows
 from llm_at_home.records import store
 from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Reading
@@ -125,31 +125,30 @@ def slim(folder: Path) -> None:
 
 
 def table(folder: Path) -> str:
-    """The tables of docs/judging.md."""
-    lines = [
-        [
-            "quant",
-            "score, mean of 32 (1 to 10)",
-            "turn 1",
-            "turn 2",
-            "win rate against none (%)",
-            "missing",
-            "decode (tokens/s)",
-        ]
+    """The tables of docs/judging.md; no speeds, which are of a machine that other work shared."""
+    titles = [
+        "quant",
+        "score, mean (1 to 10)",
+        "turn 1",
+        "turn 2",
+        "less none's, paired",
+        "p",
+        "win rate against none (%)",
     ]
+    lines = [[*titles, "first of two wins (%)", "missing"]]
     for name in MODELS:
         if common.status(folder / "single" / name) != "ok":
             continue
-        single, answers = store.load(folder / "single" / name), store.load(folder / "answers" / name)
+        single = store.load(folder / "single" / name)
         scores = [cell(single.quality.get(f"judge_score_{what}"), 3) for what in ("mean", "turn_1", "turn_2")]
-        rate = (
-            store.load(folder / "pairwise" / name).quality["win_rate"]
-            if common.status(folder / "pairwise" / name)
-            else None
-        )
-        missing = str(single.counts["judgments_missing"])
-        speed = common.text(answers.readings.get("decode_tokens_per_second"), 1)
-        lines.append([name.replace("_", " "), *scores, cell(rate, 1, 100), missing, speed])
+        lead, p_value = (common.DASH, common.DASH) if name == BASE else against_base(folder, name)
+        rates = [common.DASH] * 2
+        missing = single.counts["judgments_missing"]
+        if common.status(folder / "pairwise" / name) == "ok":
+            pairs = store.load(folder / "pairwise" / name)
+            rates = [cell(pairs.quality.get(key), 1, 100) for key in ("win_rate", "judge_first_wins")]
+            missing += pairs.counts["judgments_missing"]
+        lines.append([name.replace("_", " "), *scores, lead, p_value, *rates, str(missing)])
     parts = [common.markdown(lines)]
     if common.status(folder / "check") == "ok":
         quality = store.load(folder / "check").quality
@@ -160,18 +159,30 @@ def table(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def noise(folder: Path) -> list[list[str]]:
-    """What one model's two seeds differ by, and what a difference of two runs' mean scores must be to show."""
-    sides = [folder / "single" / name for name in (BASE, SEED)]
+def difference(folder: Path, name: str) -> Difference | None:
+    """A run's scores less those of the unquantized model, question by question."""
+    sides = [folder / "single" / one for one in (name, BASE)]
     if any(common.status(side) != "ok" for side in sides):
-        return []
-    found = compare_rows(*(list(read_jsonl(side / "judgments.jsonl")) for side in sides))
+        return None
+    one, base = (list(read_jsonl(side / "judgments.jsonl")) for side in sides)
+    return compare_rows(one, base)
+
+
+def against_base(folder: Path, name: str) -> tuple[str, str]:
+    """The difference with its interval, and its p value."""
+    found = difference(folder, name)
+    if found is None or found.interval95 is None:
+        return common.DASH, common.DASH
     low, high = found.interval95
-    told = f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {found.p_value:.2f}"
-    return [
-        ["one model, two seeds: difference of mean scores (points)", told, str(found.n)],
-        ["smallest difference of mean scores that shows (points)", f"{found.detectable:.3f}", str(found.n)],
-    ]
+    return f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]", f"{found.p_value:.2f}"
+
+
+def noise(folder: Path) -> list[list[str]]:
+    """What a difference of two runs' mean scores must be to show, from two seeds of one model."""
+    found = difference(folder, SEED)
+    if found is None or found.detectable is None:
+        return []
+    return [["smallest difference of mean scores that shows (points)", f"{found.detectable:.3f}", str(found.n)]]
 
 
 def cell(reading: Reading | None, digits: int, factor: float = 1) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from llm_at_home.data.mt_bench import is_fetched
 from llm_at_home.errors import Refusal
 from llm_at_home.evaluation.__main__ import main
 from llm_at_home.records import hashing, store
@@ -223,3 +224,22 @@ def test_the_harness_scores_the_loaded_model_on_a_task_of_one_s_own(tmp_path, co
     done = command("evaluate.py", *words[:1], "harness.tasks=[no_such_task]", *words[2:], model=False, PYTHONPATH=path)
     assert done.returncode == 2
     assert "no_such_task" in done.stderr
+
+
+@pytest.mark.skipif(not is_fetched(), reason="`make setup` fetches MT-bench's files")
+def test_the_reference_set_is_a_choice_and_the_choice_is_in_the_record(server, tmp_path) -> None:
+    file = tmp_path / "answers.jsonl"
+    turns = [{"index": 0, "turns": ["42", "43"]}]
+    file.write_text(json.dumps({"question_id": 111, "model_id": "m", "choices": turns}) + "\n")
+    shown, digests = {}, {}
+    for references in ("gpt-4", "gpt-4-0125-preview"):
+        words = (*SERVER, f"judge.base_url={server.base_url}", f"answers={file}", "questions=mt_bench")
+        config = resolved(*words, "questions.ids=[111]", f"judge.references={references}")
+        record = Record("evaluate", config=config)
+        evaluate.run(config, tmp_path / references, record, None)
+        assert record.provenance["references"] == references
+        shown[references] = server.bodies[-1]["messages"][1]["content"]
+        digests[references] = resolve.ingredients("evaluate", config)["judge_questions"]
+    assert shown["gpt-4"] != shown["gpt-4-0125-preview"]
+    assert all("Reference Answer" in prompt for prompt in shown.values())
+    assert digests["gpt-4"] != digests["gpt-4-0125-preview"]
