@@ -30,7 +30,7 @@ from llm_at_home.records import store
 QUESTIONS = 4
 TIMEOUT_S = 4
 KEY = "JUDGE_BENCHMARK_KEY"
-PRICES = ["judge.prices.input=30", "judge.prices.output=60", "judge.prices.source=gpt-4's list of 2023-06"]
+PRICES = ["judge.prices.input=30", "judge.prices.output=60", "judge.prices.source='list of gpt-4, 2023-06'"]
 TABLE = (
     ("judgments", "judgments"),
     ("judgments_missing", "missing"),
