@@ -3,7 +3,8 @@
     python benchmarks/judge_faults.py --out results/two_core_cpu/judge_faults
     python benchmarks/judge_faults.py --table results/two_core_cpu/judge_faults
 
-``real`` is llama.cpp's server with the embedded model, which writes its judgments freely, so that some hold no rating.
+``real`` is llama.cpp's server with the embedded model, which writes its judgments freely, so that some hold no rating;
+``real_expected`` asks the same server for expected ratings.
 ``faulty`` serves in turn 429 with ``Retry-After: 1``, 500, text that is no JSON, silence, a reply without a rating, a
 connection that breaks off, and a rating. Both judge the reference answers of home_bench's first questions, from a file.
 """
@@ -55,10 +56,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "references.jsonl"
         answers.write_text("".join(json.dumps(row) + "\n" for row in references()))
-        for name, serve in (("real", real), ("faulty", faulty)):
+        for name, serve in SERVERS.items():
             if common.status(args.out / name) not in common.DONE:
                 print(serve(name, answers, args.out), flush=True)
-    return int(any(common.status(args.out / name) != "ok" for name in ("real", "faulty")))
+    return int(any(common.status(args.out / name) != "ok" for name in SERVERS))
 
 
 def references() -> list[dict]:
@@ -74,6 +75,7 @@ def real(name: str, answers: Path, out: Path) -> str:
     with LocalServer(find_gguf(), context=4096, threads=1) as server:
         os.environ[KEY] = server.api_key
         words = [f"judge.api_key_env={KEY}", "judge.model=SmolLM2-135M-Instruct.Q4_1", "judge.max_tokens=64"]
+        words += ["judge.rating=expected"] if name.endswith("expected") else []
         return judge(name, answers, out, server.base_url, *words)
 
 
@@ -135,20 +137,22 @@ def judge(name: str, answers: Path, out: Path, address: str, *more: str) -> str:
     """One run of evaluate.py against a server, its record kept."""
     words = ["evaluate.py", "judge=server", f"judge.base_url={address}", f"answers={answers}", "questions=home_bench"]
     words += [f"limit={QUESTIONS}", "judge.concurrency=1", "logger=none", "judge.cache=false"]
-    words += [] if name == "real" else [f"judge.timeout_s={TIMEOUT_S}"]
+    words += [f"judge.timeout_s={TIMEOUT_S}"] if name == "faulty" else []
     return common.run_row(name, [*words, *more], out, ("judge_score_mean", "judge_cost"))
 
 
 def table(folder: Path) -> str:
     """The table of docs/judging.md."""
     lines = [["server", *(title for _, title in TABLE), "cost (USD)"]]
-    for name in ("real", "faulty"):
+    for name in SERVERS:
         if common.status(folder / name) == "ok":
             record = store.load(folder / name)
             counts = [f"{record.counts[key]:,}" for key, _ in TABLE]
-            lines.append([name, *counts, common.text(record.readings["judge_cost"], 4)])
+            lines.append([name.replace("_", ", "), *counts, common.text(record.readings["judge_cost"], 4)])
     return common.markdown(lines)
 
+
+SERVERS = {"real": real, "real_expected": real, "faulty": faulty}
 
 if __name__ == "__main__":
     sys.exit(main())
