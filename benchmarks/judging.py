@@ -37,6 +37,7 @@ MODELS = {
     "gptq": ["quant=gptq"],
 }
 ROWS = ("answers", "single", "check", "pairwise")
+SHARED = "other work shared the machine: the speeds are not its own"
 PROMPTS = ("user_prompt", "g1_user_prompt", "g2_user_prompt")
 CHECKED = (
     ("judge_accuracy", "planted pairs: the reference wins"),
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which of them to measure")
     parser.add_argument("--tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--shared", action="store_true", help="say in the records that other work shared the machine")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--planted", type=int, default=27, help="questions of home_bench to plant pairs from")
     parser.add_argument("overrides", nargs="*", help="after --, for every run: gpu=cpu, judge=server ...")
@@ -111,9 +113,18 @@ def measure(args: argparse.Namespace) -> int:
         )
         if common.status(args.out / name) in common.DONE:
             slim(args.out / name)
+            if args.shared:
+                note_shared(args.out / name)
         else:
             failed = True
     return int(failed)
+
+
+def note_shared(folder: Path) -> None:
+    """Say that a record's speeds are not the machine's."""
+    record = store.load(folder)
+    record.notes.append(SHARED)
+    store.save(record, folder)
 
 
 def slim(folder: Path) -> None:
