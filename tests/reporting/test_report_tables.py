@@ -84,7 +84,10 @@ def test_judges_stand_beside_the_run_that_they_judged(make, save, table):
     save(failed, "j3")
     first, other = table("inference").rows
     entries = first.cells["judge_score"].entries
-    assert [(e.label, e.text) for e in entries] == [("gpt4:single", "6.25"), ("local:single", "3.10")]
+    assert [(e.label, e.text) for e in entries] == [
+        ("gpt4:single, 2 missing", "6.25"),
+        ("local:single, 2 missing", "3.10"),
+    ]
     assert [e.source.parent.name for e in entries] == ["j1", "j2"]
     assert shown(first, "win_rate") == ["41.5", "41.5"]
     assert shown(other, "judge_score") == [EN_DASH]

@@ -170,3 +170,54 @@ def test_a_batched_runs_record_says_what_its_figures_are_of(spread, tmp_path) ->
 def test_a_batch_of_none_is_refused(spread) -> None:
     with pytest.raises(Refusal, match=r"engine\.batch_size=0"):
         resolve.check("infer", config_of(spread, "engine.batch_size=0"))
+
+
+def test_several_samples_of_what_is_sampled_and_one_of_what_is_greedy(engine, questions, tmp_path) -> None:
+    def rows(folder: str, size: int, samples: int) -> list[dict[str, Any]]:
+        (tmp_path / folder).mkdir()
+        QuestionTurns(questions[:7], "m", 0, size, samples).answer(engine, tmp_path / folder, 0)
+        return list(read_jsonl(tmp_path / folder / ANSWERS))
+
+    one, three = rows("1", 1, 1), rows("3", 1, 3)
+    assert [row["question_id"] for row in rows("4", 4, 3)] == [row["question_id"] for row in one]
+    greedy = ("math", "coding", "reasoning", "extraction")
+    for single, several in zip(one, three, strict=True):
+        assert len(several["choices"]) == (1 if single["category"] in greedy else 3)
+        assert several["choices"][0] == single["choices"][0], "the first sample is that of a run with one"
+        assert [choice["index"] for choice in several["choices"]] == list(range(len(several["choices"])))
+        assert len(several["generated_tokens"]) == 2 * len(several["choices"])
+    writing = next(row for row in three if row["category"] == "writing")
+    assert len({str(choice["turns"]) for choice in writing["choices"]}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_interrupted_run_goes_on_with_the_questions_it_lacks(engine, questions, tmp_path, size) -> None:
+    def turns(run_id: str = "hash") -> QuestionTurns:
+        return QuestionTurns(questions[:7], "m", 0, size, 2, run_id)
+
+    def kept() -> list[dict[str, Any]]:
+        rows = read_jsonl(tmp_path / ANSWERS)
+        return [{key: value for key, value in row.items() if key != "tstamp"} for row in rows]
+
+    turns().answer(engine, tmp_path, 0)
+    whole, path = kept(), tmp_path / ANSWERS
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:30])  # killed while it wrote the fifth
+    asked, going = [], turns()
+    reply_batch, reply = engine.reply_batch, engine.reply
+    engine.reply_batch = lambda p, s: (asked.append(len(p)), reply_batch(p, s))[1]
+    engine.reply = lambda p, s: (asked.append(1), reply(p, s))[1]
+    going.answer(engine, tmp_path, 0, resume=True)
+    everything = 2 * sum(len(row["choices"]) for row in whole)
+    assert kept() == whole
+    assert 0 < sum(asked) < everything
+    assert going.kept == (4 if size == 1 else going.kept)
+    assert going.kept > 0
+    asked.clear()
+    turns("another configuration").answer(engine, tmp_path, 0, resume=True)
+    assert sum(asked) == everything
+    asked.clear()
+    finished = turns("another configuration")
+    made = finished.answer(engine, tmp_path, 0, resume=True)
+    assert made, "the last batch is measured again"
+    assert sum(asked) < everything

@@ -11,16 +11,16 @@ from typing import Any
 
 import llm_at_home
 
-# Keys at the top level of a configuration that cannot change a figure, and paths within its groups: the contents behind
-# paths are hashed instead.
+# Keys at the top level of a configuration that cannot change a figure; paths within its groups, whose contents are
+# hashed instead, and keys there that cannot change one either.
 NOT_HASHED = (
     *("paths", "logger", "rerun", "timeout_s", "grace_s", "strict", "resume", "metric"),
-    *("adapter_path", "answers", "baseline"),
+    *("adapter_path", "answers", "baseline", "own_answers"),
 )
 PATHS = {
     "data": ("path", "test_path"),
     "questions": ("path",),
-    "judge": ("gguf",),
+    "judge": ("gguf", "requests_per_minute", "tokens_per_minute", "max_cost_usd", "cache", "dry_run"),
     "quant": ("path",),
     "text": ("context_path",),
 }

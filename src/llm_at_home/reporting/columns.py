@@ -100,6 +100,13 @@ QUANTIZATION = (
     Column("top1_agreement", "top-1 agreement", "Fidelity", unit="%", decimals=1, better="higher", terminal="Top-1 %"),
     replace(_KL, key="kl_divergence_mean_own_answers", title="KL divergence, mean, own answers"),
 )
+# Of the judge itself, from its planted pairs.
+JUDGE_TESTED = (
+    Column("judge_accuracy", "planted pairs right", "Judge", unit="%", decimals=0, better="higher"),
+    Column("judge_accuracy_single", "right by scores", "Judge", unit="%", decimals=0, better="higher"),
+    Column("judge_position_bias", "the first wins", "Judge", unit="%", decimals=0),
+    Column("judge_length_bias", "padding wins", "Judge", unit="%", decimals=0),
+)
 EVALUATIONS = (
     Column("evaluation", "Evaluation", kind="text", terminal="Evaluation"),
     _MODEL,
@@ -109,6 +116,7 @@ EVALUATIONS = (
     Column("figures", "Figures", kind="many", terminal="Figures"),
     Column("judgments", "made", "Judgments", decimals=0, terminal="Judgments"),
     Column("judgments_missing", "missing", "Judgments", decimals=0, better="lower", terminal="Missing"),
+    *JUDGE_TESTED,
 )
 UNFINISHED = (
     Column("task", "Task", kind="text", terminal="Task"),

@@ -23,6 +23,15 @@ FIDELITY = {
     "kl_divergence_p99": "KL p99",
     "top1_agreement": "top-1",
 }
+JUDGE_CHECK = (
+    "judge_accuracy",
+    "judge_accuracy_single",
+    "judge_consistency",
+    "judge_position_bias",
+    "judge_length_bias",
+    "judge_self_preference",
+    "judge_aa_score_detectable",
+)
 SCORES = ("judge_score_mean", "judge_score")
 
 
@@ -109,12 +118,17 @@ def headlines(kind: str, quality: Iterable[str]) -> list[str]:
     if kind == "fidelity":
         # The table of quantizations has the others.
         return [name for name in FIDELITY if name in quality]
+    if kind == "judge_check":
+        return [name for name in JUDGE_CHECK if name in quality]
     # A judge's record has its figures for each category too: sixteen more, which stay a click away.
     whole = (*SCORES, "win_rate")
     return [
         name
         for name in quality
-        if name in whole or "_turn_" in name or not name.startswith(("judge_score_", "win_rate_"))
+        if name in whole
+        or "_turn_" in name
+        or name.startswith("win_rate_of_")
+        or not name.startswith(("judge_score_", "win_rate_"))
     ]
 
 

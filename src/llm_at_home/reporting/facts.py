@@ -43,7 +43,13 @@ def about(record: Record) -> Any:
 def model(record: Record) -> str:
     """The model's name, or where it was taken from."""
     name = name_at(about(record), "model", "name")
-    return name if name != UNKNOWN else name_at(about(record), "model", "source")
+    if name == UNKNOWN:
+        name = name_at(about(record), "model", "source")
+    models = at(record.subject, "models")
+    if name == UNKNOWN and isinstance(models, list):
+        return ", ".join(map(clean, models))
+    # A judge under test is the model that its record is about.
+    return name_at(record.config, "judge", "model") if name == UNKNOWN else name
 
 
 def quant(record: Record) -> str:

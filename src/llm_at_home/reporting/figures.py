@@ -57,7 +57,7 @@ def _chart(table: Table, column: Column) -> Chart | None:
         return None
     known.sort(key=lambda pair: pair[1], reverse=column.better == "higher")
     left_out, known = known[_MOST_BARS:], known[:_MOST_BARS]
-    labels = _labels([row for row, _ in known])
+    names = labels([row for row, _ in known])
     entries = [row.cells[column.key].entries[0] for row, _ in known]
     top = max(
         max(value, *(entry.bounds or ())) if entry.bounds else value
@@ -72,7 +72,7 @@ def _chart(table: Table, column: Column) -> Chart | None:
             tuple(round(max(end, 0) * scale, 2) for end in entry.bounds) if entry.bounds else None,  # type: ignore
             bool(row.marks),
         )
-        for (row, value), label, entry in zip(known, labels, entries, strict=True)
+        for (row, value), label, entry in zip(known, names, entries, strict=True)
     )
     notes = ["Less is better." if column.better == "lower" else "More is better."]
     notes += ["Whiskers: 95 % interval."] if any(bar.whisker for bar in bars) else []
@@ -85,7 +85,9 @@ def _chart(table: Table, column: Column) -> Chart | None:
     return Chart(f"{table.key}-{column.key}", column.full_title, " ".join(notes), told, bars)
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A short name for each run: its quantization, and what else tells it from the others."""
+
     def parts(row: Row, keys: Sequence[str]) -> str:
         return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
 

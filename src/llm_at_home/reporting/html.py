@@ -12,11 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
+from llm_at_home.reporting import answers
 from llm_at_home.reporting.cells import Column, Table
 from llm_at_home.reporting.facts import clean
 from llm_at_home.reporting.figures import charts
 from llm_at_home.reporting.load import Loaded
 from llm_at_home.reporting.overview import Overview
+from llm_at_home.reporting.radar import radars
 from llm_at_home.reporting.ranks import rank_maps
 from llm_at_home.reporting.scatter import plots
 
@@ -42,6 +44,8 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
         tables=tables,
         charts={table.key: charts(table) for table in tables},
         plots={table.key: plots(table) for table in tables},
+        radars={table.key: radars(table) for table in tables},
+        answers=answers.PAGE if answers.write(loaded, out, environment) else None,
         rank_maps={table.key: rank_maps(table) for table in tables},
         overview=overview,
         left_out=loaded.left_out,

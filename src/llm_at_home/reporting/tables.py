@@ -10,7 +10,16 @@ from llm_at_home.human.means import grade_name
 from llm_at_home.records.schema import Record
 from llm_at_home.reporting import entries, facts, published
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Row, Table, text, unknown
-from llm_at_home.reporting.columns import EVALUATIONS, FINETUNING, INFERENCE, MEMORY, QUANTIZATION, UNFINISHED, by_key
+from llm_at_home.reporting.columns import (
+    EVALUATIONS,
+    FINETUNING,
+    INFERENCE,
+    JUDGE_TESTED,
+    MEMORY,
+    QUANTIZATION,
+    UNFINISHED,
+    by_key,
+)
 from llm_at_home.reporting.load import Loaded, Run
 
 KEYS = ("inference", "finetuning", "quantization", "evaluations", "unfinished")
@@ -29,6 +38,8 @@ _MARK_NOTES = {
 _UNJUDGED = "no judge has scored this run yet: python evaluate.py task=judge answers=RUN_FOLDER"
 _UNCOMPARED = "not compared with another run yet: python evaluate.py task=judge with a baseline=RUN_FOLDER"
 _UNGRADED = "no study of people's grades holds this run: make rate RUNS=..., then make study"
+_NO_JUDGE = "not an evaluation by a judge"
+_NO_TEST = "this judge has not been tested yet: python evaluate.py task=judge_check"
 _UNTESTED = "after: not scored on its own data and quant yet: python evaluate.py task=text adapter_path=RUN_FOLDER"
 _NO_BASE = "before: the model without an adapter has not been scored on this data and quantization"
 
@@ -107,6 +118,7 @@ class _Book:
         finished = [r for r in loaded.runs if r.record.task == "evaluate" and r.record.status == "ok"]
         self.judged = [r for r in finished if facts.evaluation(r.record) == "judge"]
         self.studies = [r for r in loaded.runs if r.record.task == "human"]
+        self.checks = [r for r in finished if facts.evaluation(r.record) == "judge_check"]
         self.bare = [r for r in loaded.runs if r.record.task == "infer" and _is_bare(r.record)]
         texts = [r for r in finished if facts.evaluation(r.record) == "text"]
         # With passages in its prompt a model is neither the untouched one nor the trained one.
@@ -191,19 +203,31 @@ class _Book:
         if record.task != "evaluate":
             return None
         kind = facts.evaluation(record)
+        by_judge = kind in ("judge", "judge_check")
         cells = self._who(run)
         cells["evaluation"] = text(kind, run.path)
         # A judge reads the questions that the judged run was asked.
         on = facts.name_at(facts.about(record), "questions" if kind == "judge" else "data", "name")
+        if facts.at(record.config, "questions"):
+            on = facts.name_at(record.config, "questions", "name")
         cells["on"] = text("held-out texts" if kind == "fidelity" else on)
         figures = tuple(
             entries.figure(name, record.quality[name], run) for name in entries.headlines(kind, record.quality)
         )
         cells["figures"] = Cell(figures or (unknown(entries.unmeasured(record)),))
         for key in ("judgments", "judgments_missing"):
-            why = NO_READING if kind == "judge" else "not an evaluation by a judge"
+            why = NO_READING if by_judge else _NO_JUDGE
             cells[key] = Cell((entries.count(record, key, run.path, why),))
+        tested = self._test_of(record) if by_judge else None
+        for column in JUDGE_TESTED:
+            missing = _NO_TEST if by_judge else _NO_JUDGE
+            cells[column.key] = Cell((entries.scored(column, tested, missing, ""),))
         return cells
+
+    def _test_of(self, record: Record) -> Run | None:
+        """The newest test of the judge that a record is of."""
+        alike = [run for run in self.checks if _same_judge(run.record, record)]
+        return max(alike, key=lambda run: run.when, default=None)
 
     def unfinished(self, run: Run) -> dict[str, Cell] | None:
         record = run.record
@@ -246,7 +270,9 @@ class _Book:
             if run.record.config_hash and facts.subject_hash(judge.record) == run.record.config_hash:
                 reading = next((judge.record.quality[name] for name in names if name in judge.record.quality), None)
                 if reading:
-                    scores.append(column.entry(reading, judge.path, facts.clean(reading.method)))
+                    missing_too = judge.record.counts.get("judgments_missing")
+                    label = facts.clean(reading.method) + (f", {missing_too} missing" if missing_too else "")
+                    scores.append(column.entry(reading, judge.path, label))
         if facts.has_random_weights(run.record) and not scores:
             missing = "a model with random weights has no quality to score"
         return Cell(tuple(scores) or (unknown(missing),))
@@ -272,6 +298,11 @@ class _Book:
         alike = [run for run in bare if facts.at(run.record.config, "limit") == limit]
         other = "before: the untouched model was scored with another limit= than the trained one"
         return _preferred(alike), other if bare else _NO_BASE
+
+
+def _same_judge(record: Record, other: Record) -> bool:
+    keys = ("model", "base_url", "temperature", "max_tokens", "rating", "grammar", "templates", "extra_body")
+    return all(facts.at(record.config, "judge", key) == facts.at(other.config, "judge", key) for key in keys)
 
 
 def _kin(record: Record, other: Record) -> bool:

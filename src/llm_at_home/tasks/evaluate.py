@@ -9,11 +9,9 @@ from typing import Any
 
 from llm_at_home.pruning.naming import prune_words
 from llm_at_home.records import store
-from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
-
-ANSWERS = "answers.jsonl"
+from llm_at_home.tasks import harness, judging
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -25,46 +23,14 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         record: filled in as the run goes.
         tracker: MLflow, or None.
     """
-    {"judge": _judge, "text": _text, "fidelity": _fidelity}[config["task"]](config, folder, record)
-
-
-def _judge(config: Mapping[str, Any], folder: Path, record: Record) -> None:
-    """Grade the answers of one run, alone or against a baseline's, on the questions that it answered."""
-    from llm_at_home.data.questions import load_questions
-    from llm_at_home.evaluation.judge import judge_run
-
-    judged = store.load(config["answers"])
-    record.subject = subject(judged, config["answers"])
-    asked = judged.config["questions"]
-    questions = load_questions(
-        asked["source"],
-        path=asked["path"],
-        ids=asked["ids"],
-        limit=judged.config["limit"],
-        references=asked["references"] or "gpt-4",
-    )[: config["limit"]]
-    answers = _rows(config["answers"])
-    baseline = _rows(config["baseline"]) if config["baseline"] else None
-    quality, counts = judge_run(config["judge"], questions, answers, baseline, folder)
-    record.quality |= quality
-    record.counts |= counts
-    mean = quality.get("judge_score_mean")
-    if mean and mean.interval95 and mean.interval95[0] == mean.interval95[1]:
-        record.notes.append("the judge gave every answer the same score, so its scores tell nothing apart")
-
-
-def _rows(run_folder: str) -> list[dict[str, Any]]:
-    return list(read_jsonl(store.run_folder(run_folder) / ANSWERS))
-
-
-def subject(record: Record, folder: str | Path) -> dict[str, Any]:
-    """What an evaluation's record says of the run that it is about."""
-    return {
-        "folder": str(store.run_folder(folder)),
-        "config_hash": record.config_hash,
-        "task": record.task,
-        "config": record.config,
+    stories = {
+        "judge": judging.judge,
+        "judge_check": judging.check,
+        "text": _text,
+        "fidelity": _fidelity,
+        "harness": harness.evaluate,
     }
+    stories[config["task"]](config, folder, record)
 
 
 def _text(config: Mapping[str, Any], folder: Path, record: Record) -> None:
@@ -158,7 +124,7 @@ def _training_run(adapter_path: str) -> dict[str, Any] | None:
 
     for folder in (Path(adapter_path), Path(adapter_path).parent):
         try:
-            return subject(store.load(folder), folder)
+            return judging.subject(store.load(folder), folder)
         except Refusal:
             continue
     return None

@@ -43,17 +43,18 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
     record.readings["load_time"] = Reading(time.perf_counter() - start, "s", "clock")
     record.kernel = engine.kernel
     record.readings |= engine.size
-    turns = _turns(config, engine)
+    turns = _turns(config, engine, record.config_hash)
     record.readings["warmup_time"] = _warm_up(engine, turns)
     record.kernel = engine.describe()  # a layer may choose its kernel at its first call
 
+    resume = not config["rerun"]
     with EnergyMeter(config["gpu"]["device"]) as energy:
         energy.measure_idle()
         memory.begin_measured()
         energy.start()
         start = time.perf_counter()
         try:
-            passes = [turns.answer(engine, folder, repeat) for repeat in range(config["repeats"])]
+            passes = [turns.answer(engine, folder, repeat, resume) for repeat in range(config["repeats"])]
             seconds = time.perf_counter() - start
         finally:
             energy.stop()
@@ -64,6 +65,11 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
     record.readings["measured_time"] = Reading(seconds, "s", "clock", n=len(passes))
     record.readings["output_tokens_per_second"] = Reading(generated / seconds, "tokens/s", "clock", n=len(passes))
     record.readings |= speed_readings(passes)
+    if turns.kept:
+        record.counts["questions_kept"] = turns.kept
+        record.notes.append(
+            f"{turns.kept} questions were answered before this run was interrupted; its figures are of the others"
+        )
     record.notes += _smaller_batches(passes[0], turns.batch_size)
     record.counts |= {
         "batches": sum(len(one) for one in passes),
@@ -111,7 +117,7 @@ def load_engine(config: Mapping[str, Any]) -> Any:
     return engine
 
 
-def _turns(config: Mapping[str, Any], engine: Any) -> QuestionTurns | RandomTurns:
+def _turns(config: Mapping[str, Any], engine: Any, run_id: str) -> QuestionTurns | RandomTurns:
     from llm_at_home.data.questions import load_questions
 
     options = config["questions"]
@@ -128,7 +134,7 @@ def _turns(config: Mapping[str, Any], engine: Any) -> QuestionTurns | RandomTurn
     words = [config["model"]["name"], config["quant"]["name"], *prune_words(config["prune"])]
     if config["adapter_path"]:
         words.append(Path(config["adapter_path"]).name)
-    return QuestionTurns(questions, "-".join(words), config["seed"], engine.batch_size)
+    return QuestionTurns(questions, "-".join(words), config["seed"], engine.batch_size, config["samples"], run_id)
 
 
 def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:

@@ -21,7 +21,7 @@ from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.tasks import resolve, sweep
+from llm_at_home.tasks import judging, resolve, sweep
 from llm_at_home.tasks.process import Child, Ending
 
 JOB = "job.json"
@@ -80,6 +80,9 @@ def job(task: str, composed: DictConfig) -> float | None:
         resolve.check(task, config)
         if task == "infer" and config["mode"] == "chat":
             resolve.task_module(task).chat(config)
+            outcome.status = "ok"
+        elif config.get("judge", {}).get("dry_run"):
+            judging.dry_run(config)
             outcome.status = "ok"
         else:
             parent = str(Path(hydra.sweep.dir).resolve()) if is_sweep else None

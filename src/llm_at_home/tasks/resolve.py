@@ -29,14 +29,18 @@ from llm_at_home.pruning.naming import prune_words
 from llm_at_home.quantization import base
 from llm_at_home.quantization.gguf import WRITTEN
 from llm_at_home.records import hashing, store
-from llm_at_home.tasks import planned
+from llm_at_home.tasks import harness, judging, planned
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
+_OF_A_MODEL = ("model", "quant", "prune", "engine", "dtype", "adapter_path")
+_OF_A_JUDGE = ("judge", "answers", "baseline", "questions", "own_answers")
 UNUSED = {
-    "judge": ("model", "quant", "prune", "data", "engine", "dtype", "adapter_path", "text", "fidelity"),
-    "text": ("judge", "answers", "baseline", "fidelity"),
-    "fidelity": ("judge", "answers", "baseline", "data", "engine", "text", "adapter_path"),
+    "judge": (*_OF_A_MODEL, "data", "text", "fidelity", "harness", "own_answers"),
+    "judge_check": (*_OF_A_MODEL, "data", "text", "fidelity", "harness"),
+    "text": (*_OF_A_JUDGE, "fidelity", "harness"),
+    "fidelity": (*_OF_A_JUDGE, "data", "engine", "text", "adapter_path", "harness"),
+    "harness": (*_OF_A_JUDGE, "data", "text", "fidelity"),
 }
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 # Lightning's policies and the dtype of the weights that each is meant for; a wider one may be computed in fewer bits.
@@ -80,7 +84,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         if "quant" in config:
             base.complete(config, named)
         pruning.complete(config, named)
-    if "questions" in config and config["questions"]["path"]:
+    if config.get("questions") and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
@@ -291,6 +295,10 @@ def _check_infer(config: Mapping[str, Any]) -> None:
         adapter_folder(path)
     if config["repeats"] < 1:
         raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
+    if config["samples"] < 1:
+        raise Refusal(f"samples={config['samples']} is too small: give at least 1")
+    if config["samples"] > 1 and config["engine"].get("temperature") == 0:
+        raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
     if config["engine"].get("batch_size", 1) < 1:
         raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
     if config["mode"] == "chat" and config["model"]["weights"] == "random":
@@ -348,25 +356,49 @@ def _check_synthetic(config: Mapping[str, Any], group: str) -> None:
 
 
 def _check_evaluate(config: Mapping[str, Any]) -> None:
-    if config["task"] == "judge":
-        if not config["answers"]:
-            raise Refusal("task=judge needs answers=RUN_FOLDER, the folder of a finished inference run")
-        runs = [store.load(config[key]) for key in ("answers", "baseline") if config[key]]
-        for run in runs:
-            if run.task != "infer":
-                raise Refusal(f"answers and baseline are folders of inference runs, but one holds a {run.task} record")
-            if run.config["model"]["weights"] == "random":
-                raise Refusal("answers of random weights have no quality to judge: use model.weights=pretrained")
-        judge.check(config["judge"], has_baseline=bool(config["baseline"]))
+    if config["task"] in ("judge", "judge_check"):
+        _check_judge(config)
     elif config["model"]["weights"] == "random":
         raise Refusal("random weights have no quality to measure: use model.weights=pretrained")
     elif config["task"] == "fidelity":
         resolve_dtype(config["fidelity"]["baseline_dtype"], config["gpu"])
         fidelity.check(config)
+    elif config["task"] == "harness":
+        harness.check(config)
     elif config["data"]["source"] == SYNTHETIC:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
     else:
         context.check(config)
+
+
+def _check_judge(config: Mapping[str, Any]) -> None:
+    places = judging.answer_folders(config)
+    if config["task"] == "judge" and not places:
+        raise Refusal("task=judge needs answers=RUN_FOLDER, or a file of answers in FastChat's format")
+    if not config.get("questions") and (not places or Path(places[0]).is_file()):
+        raise Refusal("which questions? Add questions=mt_bench, or questions=home_bench")
+    if config.get("questions") and config["questions"]["source"] == SYNTHETIC:
+        raise Refusal("questions=synthetic are random ids, which nobody can judge: use questions=mt_bench")
+    for place in (*places, config["baseline"], config.get("own_answers")):
+        if not place or Path(place).is_file():
+            continue
+        run = store.load(place)
+        if run.task != "infer":
+            raise Refusal(f"answers and baseline are folders of inference runs, but one holds a {run.task} record")
+        if run.config["model"]["weights"] == "random":
+            raise Refusal("answers of random weights have no quality to judge: use model.weights=pretrained")
+    if config["task"] == "judge":
+        judge.check(config["judge"], has_baseline=bool(config["baseline"]), runs=len(places))
+        return
+    if bool(places) != bool(config["baseline"]) or len(places) > 1:
+        raise Refusal(
+            "task=judge_check compares one model under two seeds: give answers=RUN and baseline=OTHER_SEED, or neither"
+        )
+    if places and not judging.differ_in_seed_alone(places[0], config["baseline"]):
+        raise Refusal(
+            "answers and baseline are not one model under two seeds: the noise floor needs infer.py -m seed=0,1"
+        )
+    judge.check({**config["judge"], "mode": "single"})
 
 
 def making(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,6 +431,8 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
     data = config.get("data")
     if data and data["source"] != SYNTHETIC:
         found["data"] = data_hash(data["source"], path=data["path"], test_path=data["test_path"])
+    if "judge" in config:
+        found |= judging.ingredients(config)
     questions = config.get("questions")
     if questions and questions["source"] != SYNTHETIC:
         found["questions"] = questions_hash(
@@ -419,9 +453,6 @@ def ingredients(task: str, config: Mapping[str, Any]) -> dict[str, Any]:
             found["baseline_model"] = source.identity(named)
     if config.get("task") in ("fidelity", "text"):
         found["home_bench"] = questions_hash("home_bench")
-    for key in ("answers", "baseline"):
-        if config.get(key):
-            found[key] = hashing.folder_hash(store.run_folder(config[key]), ["answers.jsonl"])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +15,123 @@ ANSWERS = "answers.jsonl"
 class QuestionTurns:
     """Questions asked turn by turn, each answer becoming part of the next turn's prompt.
 
-    In batches, the first turns of ``batch_size`` questions are answered at once and then their second turns. A batch
-    has one temperature, so questions are grouped by it, and one seed, which is that of its first question.
+    In batches, the first turns of ``batch_size`` conversations are answered at once and then their second turns. A
+    batch has one temperature, so questions are grouped by it, and one seed, which is that of its first conversation.
+
+    Args:
+        questions: with one or two turns each.
+        model_id: the model's name in the answers.
+        seed: of the sampling.
+        batch_size: conversations answered at once.
+        samples: answers to each question, as FastChat's ``choices``. A question that is answered greedily has one
+            answer all the same: the others would be its copies.
+        run_id: goes into each row as ``config_hash``; rows of the same run that are there already are kept.
     """
 
-    def __init__(self, questions: Sequence[Any], model_id: str, seed: int, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        questions: Sequence[Any],
+        model_id: str,
+        seed: int,
+        batch_size: int = 1,
+        samples: int = 1,
+        run_id: str | None = None,
+    ) -> None:
         self.questions = questions
         self.model_id = model_id
         self.seed = seed
         self.batch_size = batch_size
+        self.samples = samples
+        self.run_id = run_id
+        self.kept = 0
 
     def first_prompts(self, engine: Any) -> list[list[int]]:
         """The prompts of the first batch, for the warm-up."""
-        _, questions = self._batches(engine)[0]
-        return [self._prompt(engine, [{"role": "user", "content": question.turns[0]}]) for question in questions]
+        _, asked = self._batches(engine)[0]
+        return [self._prompt(engine, [{"role": "user", "content": one.question.turns[0]}]) for one in asked]
 
-    def answer(self, engine: Any, folder: Path, repeat: int) -> list[list[Any]]:
+    def answer(self, engine: Any, folder: Path, repeat: int, resume: bool = False) -> list[list[Any]]:
         """Answer them all and return the replies batch by batch.
 
-        The first pass is written to ``answers.jsonl`` as it goes, in the questions' order.
+        The first pass is written to ``answers.jsonl`` as it goes, in the questions' order. With ``resume`` the answers
+        that an interrupted run of the same configuration left there are kept, and their batches not asked again; the
+        last batch always is, so that there is something to measure. ``kept`` then counts the questions kept.
         """
         from llm_at_home.records.jsonl import JsonlLog
 
         made = []
-        if repeat == 0:
-            (folder / ANSWERS).unlink(missing_ok=True)
-        with JsonlLog(folder / ANSWERS, key=lambda row: row["question_id"]) as log:
-            unwritten = [question.question_id for question in self.questions]
-            rows: dict[int, dict[str, Any]] = {}
-            for temperature, questions in self._batches(engine):
-                batches, own = self._converse(engine, questions, temperature, repeat)
-                made += batches
+        path = folder / ANSWERS
+        if repeat == 0 and not (resume and self._is_ours(path)):
+            path.unlink(missing_ok=True)
+        batches = self._batches(engine)
+        with JsonlLog(path, key=lambda row: row["question_id"]) as log:
+            done = log.keys() if repeat == 0 else frozenset()
+            todo = [batch for batch in batches if not all(one.question.question_id in done for one in batch[1])]
+            todo = todo or batches[-1:]
+            again = {one.question.question_id for _, asked in todo for one in asked}
+            self.kept = len(done - again) if repeat == 0 else self.kept
+            unwritten = [q for q in self.questions if q.question_id not in done]
+            replies: dict[int, list[list[Any]]] = {}
+            for temperature, asked in todo:
+                answered, own = self._converse(engine, asked, temperature, repeat)
+                made += answered
                 if repeat > 0:
                     continue
-                rows |= {q.question_id: self._row(q, replies) for q, replies in zip(questions, own, strict=True)}
-                while unwritten and unwritten[0] in rows:
-                    log.append(rows.pop(unwritten.pop(0)))
+                for one, turns in zip(asked, own, strict=True):
+                    replies.setdefault(one.question.question_id, []).append(turns)
+                while unwritten and self._is_whole(engine, unwritten[0], replies):
+                    question = unwritten.pop(0)
+                    log.append(self._row(question, replies.pop(question.question_id)))
         return made
 
-    def _batches(self, engine: Any) -> list[tuple[float, list[Any]]]:
-        """Temperature and questions of each batch; one by one, the questions keep their order."""
+    def _is_ours(self, path: Path) -> bool:
+        from llm_at_home.records.jsonl import read_jsonl
+
+        if not path.is_file() or self.run_id is None:
+            return False
+        return all(row.get("config_hash") == self.run_id for row in read_jsonl(path))
+
+    def _times(self, engine: Any, question: Any) -> int:
         from llm_at_home.generation.reply import temperature_for
 
-        asked = [(temperature_for(question.category, engine.temperature), question) for question in self.questions]
+        return self.samples if temperature_for(question.category, engine.temperature) > 0 else 1
+
+    def _is_whole(self, engine: Any, question: Any, replies: dict[int, list[list[Any]]]) -> bool:
+        return len(replies.get(question.question_id, ())) == self._times(engine, question)
+
+    def _batches(self, engine: Any) -> list[tuple[float, list[_Asked]]]:
+        """Temperature and conversations of each batch; one by one, the questions keep their order."""
+        from llm_at_home.generation.reply import temperature_for
+
+        asked = [
+            (temperature_for(question.category, engine.temperature), _Asked(question, sample))
+            for question in self.questions
+            for sample in range(self._times(engine, question))
+        ]
         if self.batch_size == 1:
-            return [(temperature, [question]) for temperature, question in asked]
-        groups: dict[float, list[Any]] = {}
-        for temperature, question in asked:
-            groups.setdefault(temperature, []).append(question)
+            return [(temperature, [one]) for temperature, one in asked]
+        groups: dict[float, list[_Asked]] = {}
+        for temperature, one in asked:
+            groups.setdefault(temperature, []).append(one)
         return [(temperature, part) for temperature, group in groups.items() for part in _parts(group, self.batch_size)]
 
     def _converse(
-        self, engine: Any, questions: Sequence[Any], temperature: float, repeat: int
+        self, engine: Any, asked: Sequence[_Asked], temperature: float, repeat: int
     ) -> tuple[list[list[Any]], list[list[Any]]]:
-        """All turns of one batch of questions: the replies by turn, and by question."""
+        """All turns of one batch of conversations: the replies by turn, and by conversation."""
         from llm_at_home.generation.reply import Sampling
 
-        messages: list[list[dict[str, str]]] = [[] for _ in questions]
-        own: list[list[Any]] = [[] for _ in questions]
+        messages: list[list[dict[str, str]]] = [[] for _ in asked]
+        own: list[list[Any]] = [[] for _ in asked]
         batches = []
-        for turn in range(max(len(question.turns) for question in questions)):
-            asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
-            for i in asked:
-                messages[i].append({"role": "user", "content": questions[i].turns[turn]})
-            seed = _turn_seed(self.seed, repeat, questions[asked[0]].question_id, turn)
-            prompts = [self._prompt(engine, messages[i]) for i in asked]
+        for turn in range(max(len(one.question.turns) for one in asked)):
+            going = [i for i, one in enumerate(asked) if turn < len(one.question.turns)]
+            for i in going:
+                messages[i].append({"role": "user", "content": asked[i].question.turns[turn]})
+            seed = _turn_seed(self.seed, repeat, asked[going[0]], turn)
+            prompts = [self._prompt(engine, messages[i]) for i in going]
             replies = ask(engine, prompts, Sampling(engine.max_new_tokens, temperature, seed))
-            for i, reply in zip(asked, replies, strict=True):
+            for i, reply in zip(going, replies, strict=True):
                 messages[i].append({"role": "assistant", "content": reply.text})
                 own[i].append(reply)
             batches.append(replies)
@@ -92,18 +143,29 @@ class QuestionTurns:
 
         return prompt_ids(engine.tokenizer, messages)
 
-    def _row(self, question: Any, replies: Sequence[Any]) -> dict[str, Any]:
+    def _row(self, question: Any, samples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """FastChat's fields, then ours: of each turn, choice after choice."""
+        replies = [reply for turns in samples for reply in turns]
         return {
             "question_id": question.question_id,
             "answer_id": hashlib.sha256(f"{self.model_id}{question.question_id}".encode()).hexdigest()[:22],
             "model_id": self.model_id,
-            "choices": [{"index": 0, "turns": [reply.text for reply in replies]}],
+            "choices": [{"index": i, "turns": [reply.text for reply in turns]} for i, turns in enumerate(samples)],
             "tstamp": time.time(),
             "category": question.category,
             "prompt_tokens": [reply.prompt_tokens for reply in replies],
             "generated_tokens": [len(reply.tokens) for reply in replies],
             "finish_reasons": [reply.finish_reason for reply in replies],
+            "config_hash": self.run_id,
         }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One conversation: a question, and which of its samples."""
+
+    question: Any
+    sample: int
 
 
 class RandomTurns:
@@ -114,6 +176,7 @@ class RandomTurns:
 
         self.seed = seed
         self.batch_size = batch_size
+        self.kept = 0
         generator = torch.Generator().manual_seed(seed)
         self.prompts: list[list[int]] = torch.randint(
             0, vocabulary, (count, prompt_tokens), generator=generator
@@ -123,7 +186,7 @@ class RandomTurns:
         """The prompts of the first batch, for the warm-up."""
         return self.prompts[: self.batch_size]
 
-    def answer(self, engine: Any, folder: Path, repeat: int) -> list[list[Any]]:
+    def answer(self, engine: Any, folder: Path, repeat: int, resume: bool = False) -> list[list[Any]]:
         """Answer them all, greedily, and return the replies batch by batch; there is no text to write down."""
         from llm_at_home.generation.reply import Sampling
 
@@ -140,6 +203,7 @@ def ask(engine: Any, prompts: Sequence[Sequence[int]], sampling: Any) -> list[An
     return [engine.reply(prompts[0], sampling)] if len(prompts) == 1 else engine.reply_batch(prompts, sampling)
 
 
-def _turn_seed(seed: int, repeat: int, question_id: int, turn: int) -> int:
+def _turn_seed(seed: int, repeat: int, asked: _Asked, turn: int) -> int:
     """A seed for each answer, the same whatever was asked before it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{repeat}/{question_id}/{turn}".encode()).digest()[:4], "big")
+    words = [seed, repeat, asked.question.question_id, turn] + ([asked.sample] if asked.sample else [])
+    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:4], "big")

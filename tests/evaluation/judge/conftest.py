@@ -16,6 +16,19 @@ import pytest
 Action = Callable[[BaseHTTPRequestHandler], None]
 
 
+def _completion(text: str | None, finish_reason: str = "stop") -> dict[str, Any]:
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "served-snapshot",
+        "choices": [
+            {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}},
+        ],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
+    }
+
+
 class ScriptedServer:
     """Serves one scripted action a request, in order, and ``default`` when the script is used up."""
 
@@ -51,23 +64,7 @@ class ScriptedServer:
     @staticmethod
     def say(text: str | None, finish_reason: str = "stop") -> Action:
         """A well-formed reply."""
-        return ScriptedServer.fail(
-            200,
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "served-snapshot",
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": finish_reason,
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-                "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
-            },
-        )
+        return ScriptedServer.fail(200, _completion(text, finish_reason))
 
     @staticmethod
     def fail(status: int, body: Any = None, **headers: str) -> Action:
@@ -189,4 +186,94 @@ def config(server: ScriptedServer, templates_file: Path) -> dict[str, Any]:
         "templates": str(templates_file),
         "extra_body": {},
         "grammar": None,
+        "rating": "reply",
+        "repeats": 1,
+        "references": None,
+        "requests_per_minute": None,
+        "tokens_per_minute": None,
+        "max_cost_usd": None,
+        "prices": {"input": None, "output": None, "source": None, "batch_share": None},
+        "batch": False,
+        "cache": False,
+        "dry_run": False,
     }
+
+
+class BatchServer(ScriptedServer):
+    """OpenAI's files and batches beside the chat endpoint: a batch is answered at the second look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.answer: Callable[[dict[str, Any]], str | None] = lambda body: "Rating: [[7]]"
+        outer = self
+        handler = self._http.RequestHandlerClass
+        chat = handler.do_POST
+
+        def post(request: BaseHTTPRequestHandler) -> None:
+            if request.path == "/v1/files":
+                data = request.rfile.read(int(request.headers["Content-Length"]))
+                content = next(part for part in data.split(b"\r\n\r\n") if part.startswith(b'{"custom_id"'))
+                outer.files["file-1"] = content.rsplit(b"\r\n--", 1)[0].split(b"\r\n")[0]
+                body = {
+                    "id": "file-1",
+                    "object": "file",
+                    "bytes": 1,
+                    "created_at": 1,
+                    "filename": "f",
+                    "purpose": "batch",
+                }
+                outer.fail(200, {**body, "status": "processed"})(request)
+            elif request.path == "/v1/batches":
+                asked = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+                outer.batches["batch-1"] = {
+                    "id": "batch-1",
+                    "object": "batch",
+                    "endpoint": asked["endpoint"],
+                    "input_file_id": asked["input_file_id"],
+                    "completion_window": asked["completion_window"],
+                    "created_at": 1,
+                    "status": "in_progress",
+                }
+                outer.fail(200, outer.batches["batch-1"])(request)
+            else:
+                chat(request)
+
+        def get(request: BaseHTTPRequestHandler) -> None:
+            if request.path == "/v1/files/out-1/content":
+                outer.fail(200, outer.files["out-1"])(request)
+                return
+            batch = outer.batches["batch-1"]
+            outer._answer_all()
+            batch |= {"status": "completed", "output_file_id": "out-1"}
+            outer.fail(200, batch)(request)
+
+        handler.do_POST, handler.do_GET = post, get  # type: ignore[attr-defined]
+
+    def _answer_all(self) -> None:
+        lines = []
+        for line in self.files["file-1"].splitlines():
+            asked = json.loads(line)
+            self.bodies.append(asked["body"])
+            text = self.answer(asked["body"])
+            response = (
+                {"status_code": 500, "body": {}} if text is None else {"status_code": 200, "body": _completion(text)}
+            )
+            lines.append(json.dumps({"custom_id": asked["custom_id"], "response": response}))
+        self.files["out-1"] = "\n".join(lines).encode()
+
+
+@pytest.fixture
+def batch_server() -> Iterator[BatchServer]:
+    scripted = BatchServer()
+    yield scripted
+    scripted.close()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test finds another's replies."""
+    path = tmp_path / "cache" / "replies.sqlite"
+    monkeypatch.setattr("llm_at_home.evaluation.judge.grading.cache_path", lambda: path)
+    return path

@@ -47,7 +47,7 @@ def test_the_local_judge_grades_both_ways_and_a_prompt_too_long_is_missing(
     config = yaml.safe_load(LOCAL.read_text())
     config |= {"templates": str(templates_file), "mode": "both", "context": 512, "threads": 1}
     answers[1]["choices"][0]["turns"] = ["4", "much " * 2000]
-    readings, counts = judge_run(config, questions[1:2], answers, baseline, tmp_path)
+    readings, counts, _ = judge_run(config, questions[1:2], answers, baseline, tmp_path)
     rows = list(read_jsonl(tmp_path / "judgments.jsonl"))
     assert len(rows) == 4
     for row in rows:
@@ -55,13 +55,16 @@ def test_the_local_judge_grades_both_ways_and_a_prompt_too_long_is_missing(
             assert "exceed" in row["missing"]
         elif "model" in row:
             assert 1 <= row["score"] <= 10
-            assert row["judgment"] == f"Rating: [[{row['score']}]]"
+            assert row["judgment"] == f"Rating: [[{row['score']:.4f}]]"
+            assert sum(row["probabilities"]) == pytest.approx(1)
+            mean = sum(rating * share for rating, share in enumerate(row["probabilities"], 1))
+            assert row["score"] == pytest.approx(mean, abs=1e-4)
             assert row["served_model"] == row["judge"][0] == "SmolLM2-135M-Instruct.Q4_1"
         else:
             assert {row["g1_judgment"], row["g2_judgment"]} <= {"[[A]]", "[[B]]", "[[C]]"}
     assert (counts["judgments"], counts["judgments_missing"], counts["judge_retries"]) == (2, 2, 0)
     assert 1 <= readings["judge_score_mean"].value <= 10
-    assert readings["judge_score_mean"].method == "local[SmolLM2-135M-Instruct.Q4_1, grammar]/single"
+    assert readings["judge_score_mean"].method == "local[SmolLM2-135M-Instruct.Q4_1, expected rating]/single"
     assert readings["win_rate"].value in (0, 0.5, 1)
 
 

@@ -21,7 +21,7 @@ def rows_of(folder):
 
 def test_single_scores_in_fastchat_s_fields(server, config, questions, answers, tmp_path) -> None:
     server.default = lambda body: server.say("Good. Rating: [[8]]" if "multi-turn" in user(body) else "[[5.5]]")
-    readings, counts = judge_run(config, questions, answers, None, tmp_path)
+    readings, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     row = rows_of(tmp_path)[2, 2]
     fastchat = {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
     assert fastchat <= set(row)
@@ -60,7 +60,7 @@ def test_pairs_are_judged_in_both_orders(server, config, questions, answers, bas
         )
 
     server.default = verdict
-    readings, counts = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
+    readings, counts, _ = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
     rows = rows_of(tmp_path)
     assert {key: (row["g1_winner"], row["g2_winner"]) for key, row in rows.items()} == {
         (1, 1): ("model_1", "model_1"),
@@ -82,11 +82,20 @@ def test_pairs_are_judged_in_both_orders(server, config, questions, answers, bas
     assert readings["win_rate_stem"].value == 0.25
     assert (counts["judgments"], counts["inconsistent_orders"], counts["judge_calls"]) == (6, 2, 12)
     assert "judge_score_mean" not in readings
+    assert {name: counts[name] for name in ("wins", "ties", "losses", "no_verdict")} == {
+        "wins": 2,
+        "ties": 3,
+        "losses": 1,
+        "no_verdict": 0,
+    }
+    # Of ten orders with a winner, question 2's four went to the first; of the others half did.
+    assert readings["judge_first_wins"].value == pytest.approx((4 + 3) / 10)
+    assert readings["judge_longer_wins"].value is None, "all answers are of one length"
 
 
 def test_both_modes_share_a_file(server, config, questions, answers, baseline, tmp_path) -> None:
     server.default = lambda body: server.say("[[A]]" if user(body).startswith("pair") else "[[4]]")
-    readings, counts = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
+    readings, counts, _ = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
     assert (readings["judge_score_mean"].value, readings["win_rate"].value) == (4, 0.5)
     assert (counts["judgments"], counts["judge_calls"], counts["inconsistent_orders"]) == (12, 18, 6)
 
@@ -98,7 +107,7 @@ def test_an_unreadable_rating_is_asked_once_more_and_then_missing(server, config
         server.say("[[42]]"),
         server.say(None, "length"),
     ]
-    readings, counts = judge_run(config | {"concurrency": 1}, questions[:1], answers, None, tmp_path)
+    readings, counts, _ = judge_run(config | {"concurrency": 1}, questions[:1], answers, None, tmp_path)
     assert server.bodies[0] == server.bodies[1]
     assert server.bodies[2] == server.bodies[3]
     first, second = rows_of(tmp_path).values()
@@ -115,7 +124,7 @@ def test_a_pair_with_one_unreadable_order_counts_for_nobody(
     server, config, questions, answers, baseline, tmp_path
 ) -> None:
     server.default = lambda body: server.say("[[A]]" if user(body).index("ours") < user(body).index("base") else "?")
-    readings, counts = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
+    readings, counts, _ = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
     assert {(row["g1_winner"], row["g2_winner"]) for row in rows_of(tmp_path).values()} == {("model_1", "error")}
     assert readings["win_rate"].value is None
     assert (counts["judgments"], counts["judgments_missing"], counts["inconsistent_orders"]) == (0, 6, 0)
@@ -123,7 +132,7 @@ def test_a_pair_with_one_unreadable_order_counts_for_nobody(
 
 def test_a_rejected_request_is_missing_with_its_reason(server, config, questions, answers, tmp_path) -> None:
     server.default = lambda body: server.fail(400, {"error": {"message": "context size exceeded"}})
-    readings, counts = judge_run(config, questions, answers, None, tmp_path)
+    readings, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     assert counts["judgments_missing"] == 6
     assert "context size exceeded" in readings["judge_score_mean"].reason
     assert "context size exceeded" in rows_of(tmp_path)[1, 1]["missing"]
@@ -131,12 +140,12 @@ def test_a_rejected_request_is_missing_with_its_reason(server, config, questions
 
 def test_turns_without_an_answer_are_counted(server, config, questions, answers, tmp_path) -> None:
     answers[0]["choices"][0]["turns"].pop()
-    _, counts = judge_run(config, questions, answers[:2], None, tmp_path)
+    _, counts, _ = judge_run(config, questions, answers[:2], None, tmp_path)
     assert (counts["judgments"], counts["answers_missing"]) == (3, 3)
 
 
 def test_no_answer_at_all_is_an_unknown_reading(server, config, questions, tmp_path) -> None:
-    readings, counts = judge_run(config, questions, [], None, tmp_path)
+    readings, counts, _ = judge_run(config, questions, [], None, tmp_path)
     assert (readings["judge_score_mean"].value, readings["judge_score_mean"].reason) == (
         None,
         "no answer to judge",
@@ -149,9 +158,9 @@ def test_a_finished_run_asks_nothing_and_says_the_same(server, config, questions
     server.default = lambda body: server.say(
         "[[A]]" if user(body).startswith("pair") else f"[[{len(user(body)) % 9 + 1}]]"
     )
-    first, _ = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
+    first, _, _ = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
     asked = len(server.bodies)
-    again, counts = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
+    again, counts, _ = judge_run(config | {"mode": "both"}, questions, answers, baseline, tmp_path)
     assert again == first
     assert (len(server.bodies), counts["judge_calls"], counts["judgments"]) == (asked, 0, 12)
 
@@ -160,21 +169,21 @@ def test_changed_answers_and_settings_are_judged_anew(server, config, questions,
     judge_run(config, questions, answers, None, tmp_path)
     answers[1]["choices"][0]["turns"][1] = "another"
     server.default = lambda body: server.say("[[1]]")
-    readings, counts = judge_run(config, questions, answers, None, tmp_path)
+    readings, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     assert (counts["judge_calls"], counts["judgments"]) == (1, 6)
     assert readings["judge_score_mean"].value == pytest.approx((5 * 7 + 1) / 6)
-    _, counts = judge_run(config | {"max_tokens": 65}, questions, answers, None, tmp_path)
+    _, counts, _ = judge_run(config | {"max_tokens": 65}, questions, answers, None, tmp_path)
     assert (counts["judge_calls"], counts["judgments"]) == (6, 6)
 
 
 def test_a_file_cut_at_any_byte_goes_on_and_loses_one_item(server, config, questions, answers, tmp_path) -> None:
-    whole, _ = judge_run(config, questions, answers, None, tmp_path)
+    whole, _, _ = judge_run(config, questions, answers, None, tmp_path)
     path = tmp_path / "judgments.jsonl"
     data = path.read_bytes()
     for cut in range(0, len(data), 97):
         path.write_bytes(data[:cut])
         before = len(server.bodies)
-        readings, counts = judge_run(config, questions, answers, None, tmp_path)
+        readings, counts, _ = judge_run(config, questions, answers, None, tmp_path)
         assert len(server.bodies) - before == counts["judge_calls"] <= 6 - data[:cut].count(b"\n")
         assert counts["judgments"] == 6
         assert readings == whole
@@ -187,7 +196,7 @@ def test_a_denied_key_ends_the_run_and_keeps_what_was_paid_for(server, config, q
         judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
     assert len(rows_of(tmp_path)) >= 2
     assert len(server.bodies) <= 4
-    _, counts = judge_run(config, questions, answers, None, tmp_path)
+    _, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     assert counts["judgments"] == 6
     assert len(rows_of(tmp_path)) == 6
 
@@ -202,11 +211,11 @@ def test_a_server_that_is_down_ends_the_run_soon(server, config, questions, answ
 
 def test_a_passing_outage_is_missing_now_and_asked_for_next_time(server, config, questions, answers, tmp_path) -> None:
     server.script = [server.fail(503), server.say("[[9]]"), server.drop_mid_body()]
-    readings, counts = judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
+    readings, counts, _ = judge_run(config | {"concurrency": 1}, questions, answers, None, tmp_path)
     assert (counts["judgments"], counts["judgments_missing"], counts["judge_failures"]) == (4, 2, 2)
     assert readings["judge_score_mean"].value == pytest.approx((9 + 3 * 7) / 4)
     assert len(rows_of(tmp_path)) == 4
-    _, counts = judge_run(config, questions, answers, None, tmp_path)
+    _, counts, _ = judge_run(config, questions, answers, None, tmp_path)
     assert (counts["judgments"], counts["judgments_missing"], counts["judge_calls"]) == (6, 0, 2)
 
 
@@ -218,7 +227,7 @@ def test_several_are_under_way_at_once(server, config, questions, answers, tmp_p
         return server.say("[[2]]")
 
     server.default = wait_for_three
-    readings, _ = judge_run(config | {"concurrency": 3}, questions, answers, None, tmp_path)
+    readings, _, _ = judge_run(config | {"concurrency": 3}, questions, answers, None, tmp_path)
     assert readings["judge_score_mean"].value == 2
 
 
@@ -226,7 +235,7 @@ def test_the_key_stays_out_of_the_file(server, config, questions, answers, tmp_p
     key = "secret-0123456789"
     monkeypatch.setenv("JUDGE_TEST_KEY", key)
     server.script = [server.say(f"{key} [[5]]"), server.fail(400, {"error": {"message": f"what is {key}?"}})]
-    readings, _ = judge_run(config | {"api_key_env": "JUDGE_TEST_KEY"}, questions, answers, None, tmp_path)
+    readings, _, _ = judge_run(config | {"api_key_env": "JUDGE_TEST_KEY"}, questions, answers, None, tmp_path)
     assert server.headers[0]["authorization"] == f"Bearer {key}"
     text = (tmp_path / "judgments.jsonl").read_text()
     assert text.count("[key]") == 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from llm_at_home.errors import Refusal
-from llm_at_home.evaluation.judge.client import JudgeClient, JudgeRejected
+from llm_at_home.evaluation.judge.asking import Judge
+from llm_at_home.evaluation.judge.client import JudgeRejected
 from llm_at_home.evaluation.judge.prompts import MAX_TURNS, Question
 
 T = TypeVar("T")
@@ -24,7 +26,11 @@ class Item(Protocol):
     def key(self) -> Hashable:
         """The key of its row in ``judgments.jsonl``."""
 
-    def judge(self, client: JudgeClient) -> Row:
+    @property
+    def requests(self) -> list[tuple[str, Messages, int]]:
+        """What is asked for it: the kind of grading, the conversation, and which repeat it is."""
+
+    def judge(self, judge: Judge) -> Row:
         """Ask for it; the row may say that it is missing."""
 
     def lost(self, reason: str) -> Row:
@@ -40,28 +46,31 @@ class Outcome(Generic[T]):
     asked: int
     missing: str | None = None
     served_model: str | None = None
+    probabilities: tuple[float, ...] | None = None
 
 
-def attempt(
-    client: JudgeClient, messages: Messages, parse: Callable[[str], T | None], extra_body: dict[str, Any]
-) -> Outcome[T]:
+def attempt(judge: Judge, kind: str, messages: Messages, repeat: int, parse: Callable[[str], T | None]) -> Outcome[T]:
     """Ask, and ask once more in the same words when the reply cannot be read.
 
     The same words at the same temperature, because another prompt, seed or temperature would be another
-    protocol. It helps with hosted models, which are not deterministic at temperature 0.
+    protocol. It helps with hosted models, which are not deterministic at temperature 0. ``asked`` is 0 for a reply
+    that was kept from before.
 
     Raises:
         JudgeDenied: when the server serves nobody.
         JudgeUnreachable: when it does not answer.
+        JudgeOverBudget: when it could cost too much.
     """
     for asked in (1, 2):
         try:
-            reply = client.ask(messages, extra_body)
+            reply = judge.ask(kind, messages, repeat, again=asked > 1)
         except JudgeRejected as error:
             return Outcome(None, "", asked, str(error))
         value = parse(reply.text)
         if value is not None:
-            return Outcome(value, reply.text, asked, None, reply.served_model)
+            judge.keep(kind, messages, repeat, reply)
+            times = 0 if reply.cached else asked
+            return Outcome(value, reply.text, times, None, reply.served_model, reply.probabilities)
     cut = ", which was cut off at max_tokens" if reply.finish_reason == "length" else ""
     return Outcome(None, reply.text, asked, f"no rating in the reply{cut}", reply.served_model)
 
@@ -69,7 +78,8 @@ def attempt(
 def judgment_key(row: Row) -> Hashable:
     """The key of a row: question, turn, model or models, judge and, in our own rows, the exact request."""
     models = (row["model"],) if "model" in row else (row["model_1"], row["model_2"])
-    return row["question_id"], row["turn"], *models, *row["judge"], row.get("request_hash")
+    which = row.get("sample", 0), row.get("repeat", 0)
+    return row["question_id"], row["turn"], *models, *row["judge"], row.get("request_hash"), *which
 
 
 def request_hash(setup: Mapping[str, Any], conversations: Sequence[Messages]) -> str:
@@ -78,8 +88,8 @@ def request_hash(setup: Mapping[str, Any], conversations: Sequence[Messages]) ->
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def answer_turns(answers: Iterable[Row]) -> dict[int, tuple[str, list[str]]]:
-    """The model name and the turns of each answer, by question; the first choice counts, as in FastChat.
+def answer_samples(answers: Iterable[Row]) -> dict[int, tuple[str, list[list[str]]]]:
+    """The model name and each choice's turns, by question. FastChat's own judge reads the first choice only.
 
     Raises:
         Refusal: for a row that is no FastChat answer.
@@ -87,10 +97,23 @@ def answer_turns(answers: Iterable[Row]) -> dict[int, tuple[str, list[str]]]:
     turns = {}
     for row in answers:
         try:
-            turns[row["question_id"]] = (str(row["model_id"]), list(row["choices"][0]["turns"]))
+            samples = [[str(text) for text in choice["turns"]] for choice in row["choices"]]
+            turns[row["question_id"]] = (str(row["model_id"]), [samples[0], *samples[1:]])
         except (KeyError, IndexError, TypeError) as error:
             raise Refusal(f"question {row.get('question_id')}: no answer in FastChat's format: {error!r}") from None
     return turns
+
+
+def distinctly_named(sets: Sequence[list[Row]]) -> list[list[Row]]:
+    """The same answers, a model's second and later sets renamed to ``NAME#2`` and so on: two seeds of it, say."""
+    seen: Counter[str] = Counter()
+    named = []
+    for rows in sets:
+        name = str(rows[0].get("model_id")) if rows else ""
+        seen[name] += 1
+        suffix = f"#{seen[name]}" if seen[name] > 1 else ""
+        named.append([{**row, "model_id": f"{row['model_id']}{suffix}"} for row in rows] if suffix else rows)
+    return named
 
 
 def turns_of(question: Question) -> range:

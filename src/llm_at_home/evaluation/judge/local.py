@@ -8,7 +8,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.generation.llama_server import LocalServer
 from llm_at_home.models.embedded import gguf_path
 
-__all__ = ["LocalServer", "find_gguf"]
+__all__ = ["LocalServer", "find_gguf", "parameters"]
 
 
 def find_gguf(path: str | None = None) -> Path:
@@ -22,3 +22,10 @@ def find_gguf(path: str | None = None) -> Path:
             raise Refusal(f"judge.gguf: there is no file {path}")
         return Path(path)
     return gguf_path()
+
+
+def parameters(path: Path) -> int:
+    """How many weights a ``.gguf`` file holds."""
+    from llm_at_home.quantization.gguf_file import GGUFFile
+
+    return sum(tensor.weights for tensor in GGUFFile(path).tensors)

@@ -7,12 +7,12 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_at_home.evaluation.judge.client import JudgeClient
+from llm_at_home.evaluation.judge.asking import PAIRWISE, Judge
 from llm_at_home.evaluation.judge.items import (
     Messages,
     Outcome,
     Row,
-    answer_turns,
+    answer_samples,
     attempt,
     judgment_key,
     request_hash,
@@ -33,17 +33,21 @@ class PairItem:
 
     head: Row
     orders: tuple[Messages, Messages]
-    extra_body: dict[str, Any]
 
     @property
     def key(self) -> Hashable:
         """The key of its row in ``judgments.jsonl``."""
         return judgment_key(self.head)
 
-    def judge(self, client: JudgeClient) -> Row:
+    @property
+    def requests(self) -> list[tuple[str, Messages, int]]:
+        """What is asked for it."""
+        return [(PAIRWISE, order, self.head["repeat"]) for order in self.orders]
+
+    def judge(self, judge: Judge) -> Row:
         """Compare them in both orders; FastChat's fields first, then ours."""
-        first: Outcome[Verdict] = attempt(client, self.orders[0], parse_verdict, self.extra_body)
-        second: Outcome[Verdict] = attempt(client, self.orders[1], parse_verdict, self.extra_body)
+        outcomes: list[Outcome[Verdict]] = [attempt(judge, *request, parse_verdict) for request in self.requests]
+        first, second = outcomes
         return {
             **self.head,
             "g1_winner": _winner(first, _FIRST_ORDER),
@@ -69,39 +73,42 @@ def pair_items(
     baseline_answers: Iterable[Row],
     templates: Templates,
     setup: Mapping[str, Any],
-    extra_body: dict[str, Any],
+    repeats: int = 1,
 ) -> tuple[list[PairItem], int]:
     """The comparisons that two sets of answers call for, and how many turns lack an answer on either side.
 
     Arguments as for :func:`~llm_at_home.evaluation.judge.single.single_items`; ``model_1`` is the model of
-    ``answers``, ``model_2`` the baseline's.
+    ``answers``, ``model_2`` the baseline's. A sample is compared with the other side's of the same number.
     """
-    ours, theirs = answer_turns(answers), answer_turns(baseline_answers)
+    ours, theirs = answer_samples(answers), answer_samples(baseline_answers)
     items: list[PairItem] = []
     unanswered = 0
     for question in questions:
-        model_1, one = ours.get(question.question_id, ("", []))
-        model_2, two = theirs.get(question.question_id, ("", []))
+        model_1, samples_1 = ours.get(question.question_id, ("", [[]]))
+        model_2, samples_2 = theirs.get(question.question_id, ("", [[]]))
         for turn in turns_of(question):
-            if min(len(one), len(two)) < turn:
-                unanswered += 1
-                continue
-            known = references(question, turn)
-            template = templates.pick("pairwise", turn, referenced=known is not None)
-            orders = (
-                template.messages(**_values(question, one, two, turn), **(known or {})),
-                template.messages(**_values(question, two, one, turn), **(known or {})),
-            )
-            head = {
-                "question_id": question.question_id,
-                "model_1": model_1,
-                "model_2": model_2,
-                "judge": [setup["model"], template.name],
-                "turn": turn,
-                "category": question.category,
-                "request_hash": request_hash({**setup, **extra_body}, orders),
-            }
-            items.append(PairItem(head, orders, extra_body))
+            for sample, (one, two) in enumerate(zip(samples_1, samples_2, strict=False)):
+                if min(len(one), len(two)) < turn:
+                    unanswered += 1
+                    continue
+                known = references(question, turn)
+                template = templates.pick("pairwise", turn, referenced=known is not None)
+                orders = (
+                    template.messages(**_values(question, one, two, turn), **(known or {})),
+                    template.messages(**_values(question, two, one, turn), **(known or {})),
+                )
+                head = {
+                    "question_id": question.question_id,
+                    "model_1": model_1,
+                    "model_2": model_2,
+                    "judge": [setup["model"], template.name],
+                    "turn": turn,
+                    "category": question.category,
+                    "sample": sample,
+                    "request_hash": request_hash(setup, orders),
+                    "lengths": [len(one[turn - 1]), len(two[turn - 1])],
+                }
+                items += [PairItem({**head, "repeat": repeat}, orders) for repeat in range(repeats)]
     return items, unanswered
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from llm_at_home.evaluation.judge.client import JudgeClient, JudgeUnreachable
+from llm_at_home.evaluation.judge.asking import Judge
+from llm_at_home.evaluation.judge.client import JudgeUnreachable
 from llm_at_home.evaluation.judge.items import Item, Row
 from llm_at_home.records.jsonl import JsonlLog
 
@@ -14,7 +15,7 @@ from llm_at_home.records.jsonl import JsonlLog
 FAILURES_IN_A_ROW = 3
 
 
-def run_items(items: Sequence[Item], log: JsonlLog, client: JudgeClient, concurrency: int) -> list[Row]:
+def run_items(items: Sequence[Item], log: JsonlLog, judge: Judge, concurrency: int) -> list[Row]:
     """Judge all items; a judgment that could not be had for want of a server is returned and not written.
 
     An unwritten one is asked for again when the run is repeated; a written one, missing or not, is final.
@@ -23,6 +24,7 @@ def run_items(items: Sequence[Item], log: JsonlLog, client: JudgeClient, concurr
     Raises:
         JudgeDenied: when the server serves nobody.
         JudgeUnreachable: when it seems to be down.
+        JudgeOverBudget: when the next request could cost too much.
     """
     lost: list[Row] = []
     failed_in_a_row = 0
@@ -30,7 +32,7 @@ def run_items(items: Sequence[Item], log: JsonlLog, client: JudgeClient, concurr
         ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="judge") as pool,
         _ProgressBar(items) as advance,
     ):
-        futures = {pool.submit(_get, item, log, client): item for item in items}
+        futures = {pool.submit(_get, item, log, judge): item for item in items}
         try:
             for future in as_completed(futures):
                 try:
@@ -45,14 +47,14 @@ def run_items(items: Sequence[Item], log: JsonlLog, client: JudgeClient, concurr
                     lost.append(futures[future].lost(str(error)))
                 advance()
         except BaseException:
-            client.stop()
+            judge.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return lost
 
 
-def _get(item: Item, log: JsonlLog, client: JudgeClient) -> None:
-    log.append(item.judge(client))
+def _get(item: Item, log: JsonlLog, judge: Judge) -> None:
+    log.append(item.judge(judge))
 
 
 class _ProgressBar:

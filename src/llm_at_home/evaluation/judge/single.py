@@ -7,11 +7,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_at_home.evaluation.judge.client import JudgeClient
+from llm_at_home.evaluation.judge.asking import SINGLE, Judge
 from llm_at_home.evaluation.judge.items import (
     Messages,
     Row,
-    answer_turns,
+    answer_samples,
     attempt,
     judgment_key,
     request_hash,
@@ -29,16 +29,21 @@ class SingleItem:
 
     head: Row
     messages: Messages
-    extra_body: dict[str, Any]
 
     @property
     def key(self) -> Hashable:
         """The key of its row in ``judgments.jsonl``."""
         return judgment_key(self.head)
 
-    def judge(self, client: JudgeClient) -> Row:
+    @property
+    def requests(self) -> list[tuple[str, Messages, int]]:
+        """What is asked for it."""
+        return [(SINGLE, self.messages, self.head["repeat"])]
+
+    def judge(self, judge: Judge) -> Row:
         """Grade it; FastChat's fields first, then ours."""
-        outcome = attempt(client, self.messages, parse_rating, self.extra_body)
+        outcome = attempt(judge, SINGLE, self.messages, self.head["repeat"], parse_rating)
+        shares = {"probabilities": list(outcome.probabilities)} if outcome.probabilities else {}
         return {
             **self.head,
             "user_prompt": self.messages[-1]["content"],
@@ -48,6 +53,7 @@ class SingleItem:
             "missing": outcome.missing,
             "asked": outcome.asked,
             "served_model": outcome.served_model,
+            **shares,
         }
 
     def lost(self, reason: str) -> Row:
@@ -60,38 +66,40 @@ def single_items(
     answers: Iterable[Row],
     templates: Templates,
     setup: Mapping[str, Any],
-    extra_body: dict[str, Any],
+    repeats: int = 1,
 ) -> tuple[list[SingleItem], int]:
     """The judgments that a set of answers calls for, and how many turns have no answer.
 
     Args:
         questions: with one or two turns each.
-        answers: FastChat's rows.
+        answers: FastChat's rows; each of their choices is graded.
         templates: the judge templates.
         setup: what else is sent (model, temperature, ...); ``setup["model"]`` names the judge.
-        extra_body: fields for these requests alone, such as a grammar.
+        repeats: judgments of each answer, which tell the judge's own noise.
     """
-    given = answer_turns(answers)
+    given = answer_samples(answers)
     items: list[SingleItem] = []
     unanswered = 0
     for question in questions:
-        model, replies = given.get(question.question_id, ("", []))
+        model, samples = given.get(question.question_id, ("", [[]]))
         for turn in turns_of(question):
-            if len(replies) < turn:
-                unanswered += 1
-                continue
-            known = references(question, turn)
-            template = templates.pick("single", turn, referenced=known is not None)
-            messages = template.messages(**_values(question, replies, turn), **(known or {}))
-            head = {
-                "question_id": question.question_id,
-                "model": model,
-                "judge": [setup["model"], template.name],
-                "turn": turn,
-                "category": question.category,
-                "request_hash": request_hash({**setup, **extra_body}, [messages]),
-            }
-            items.append(SingleItem(head, messages, extra_body))
+            for sample, replies in enumerate(samples):
+                if len(replies) < turn:
+                    unanswered += 1
+                    continue
+                known = references(question, turn)
+                template = templates.pick("single", turn, referenced=known is not None)
+                messages = template.messages(**_values(question, replies, turn), **(known or {}))
+                head = {
+                    "question_id": question.question_id,
+                    "model": model,
+                    "judge": [setup["model"], template.name],
+                    "turn": turn,
+                    "category": question.category,
+                    "sample": sample,
+                    "request_hash": request_hash(setup, [messages]),
+                }
+                items += [SingleItem({**head, "repeat": repeat}, messages) for repeat in range(repeats)]
     return items, unanswered
 
 

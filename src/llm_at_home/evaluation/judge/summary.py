@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from math import sqrt
+from operator import itemgetter
+from statistics import mean
 
 from llm_at_home.evaluation.judge.items import Row
 from llm_at_home.evaluation.judge.pairwise import inconsistent, points
@@ -22,23 +26,93 @@ def single_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     """
     rows = list(rows)
     method = f"{label}/single"
-    readings = {"judge_score_mean": _mean(rows, score, "points", method)}
+    readings = {"judge_score_mean": cluster_mean(rows, score, "points", method)}
     for turn in (1, 2):
         of_turn = [row for row in rows if row["turn"] == turn]
-        readings[f"judge_score_turn_{turn}"] = _mean(of_turn, score, "points", method)
+        readings[f"judge_score_turn_{turn}"] = cluster_mean(of_turn, score, "points", method)
     for category, of_category in _by_category(rows).items():
-        readings[f"judge_score_{category}"] = _mean(of_category, score, "points", method)
+        readings[f"judge_score_{category}"] = cluster_mean(of_category, score, "points", method)
+    if any(row.get("repeat") for row in rows):
+        readings["judge_repeat_sd"] = _repeat_sd(rows, method)
     return readings
+
+
+def _repeat_sd(rows: list[Row], method: str) -> Reading:
+    """The judge's own noise: the standard deviation between judgments of one answer, pooled over answers."""
+    groups: dict[Hashable, list[float]] = defaultdict(list)
+    for row in rows:
+        if (known := score(row)) is not None:
+            groups[row["question_id"], row["turn"], row["model"], row.get("sample", 0)].append(known)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    if not repeated:
+        return Reading.unknown("points", "no answer has two judgments", method)
+    freedom = sum(len(group) - 1 for group in repeated)
+    squares = sum((value - mean(group)) ** 2 for group in repeated for value in group)
+    return Reading(sqrt(squares / freedom), "points", method, n=len(repeated))
 
 
 def pair_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
     """Win rates against the baseline, 0 to 1, ties half: over all questions and turns, and by category."""
     rows = list(rows)
     method = f"{label}/pairwise"
-    readings = {"win_rate": _mean(rows, points, "1", method)}
+    readings = {"win_rate": cluster_mean(rows, points, "1", method)}
     for category, of_category in _by_category(rows).items():
-        readings[f"win_rate_{category}"] = _mean(of_category, points, "1", method)
+        readings[f"win_rate_{category}"] = cluster_mean(of_category, points, "1", method)
+    return readings | habits(rows, method)
+
+
+def habits(rows: Iterable[Row], method: str) -> dict[str, Reading]:
+    """Of the orders that named a winner, the share won by the answer that stood first, and by the longer one.
+
+    The first is 0.5 for a judge that does not mind the position. The longer answer may well be the better one: a share
+    far from 0.5 is a reason to look, and planted pairs tell the two apart (``task=judge_check``).
+    """
+    orders = [order for row in rows for order in _orders(row)]
+    unequal = [order for order in orders if order["longer_won"] is not None]
+    figures = {"judge_first_wins": (orders, "first_won"), "judge_longer_wins": (unequal, "longer_won")}
+    return {
+        name: cluster_mean(found, itemgetter(key), "1", method)
+        if found
+        else Reading.unknown("1", "no order named a winner between two such answers", method)
+        for name, (found, key) in figures.items()
+    }
+
+
+def _orders(row: Row) -> list[Row]:
+    """A row for each order that named a winner."""
+    found = []
+    for name, first in (("g1_winner", "model_1"), ("g2_winner", "model_2")):
+        winner = row[name]
+        if winner not in ("model_1", "model_2"):
+            continue
+        one, two = row.get("lengths") or (0, 0)
+        longer = None if one == two else float((winner == "model_1") == (one > two))
+        first_won = float(winner == first)
+        found.append({"question_id": row["question_id"], "first_won": first_won, "longer_won": longer})
+    return found
+
+
+def outcomes(rows: Iterable[Row]) -> dict[str, int]:
+    """How many comparisons the first of two models won, tied and lost, and how many have no verdict."""
+    found = Counter(points(row) for row in rows)
+    return {"wins": found[1.0], "ties": found[0.5], "losses": found[0.0], "no_verdict": found[None]}
+
+
+def all_pairs_readings(rows: Iterable[Row], label: str) -> dict[str, Reading]:
+    """Each model's win rate over its comparisons with all others, 0 to 1, ties half: ``win_rate_of_MODEL``."""
+    rows = list(rows)
+    models = sorted({row[side] for row in rows for side in ("model_1", "model_2")})
+    readings = {}
+    for model in models:
+        own = [row for row in rows if model in (row["model_1"], row["model_2"])]
+        readings[f"win_rate_of_{model}"] = cluster_mean(own, partial(points_of, model=model), "1", f"{label}/all_pairs")
     return readings
+
+
+def points_of(row: Row, model: str) -> float | None:
+    """What a model gets for a comparison, on whichever side it stands."""
+    known = points(row)
+    return known if known is None or row["model_1"] == model else 1 - known
 
 
 def tally(single: Iterable[Row], pairs: Iterable[Row]) -> dict[str, int]:
@@ -68,7 +142,8 @@ def _by_category(rows: list[Row]) -> dict[str, list[Row]]:
     return dict(sorted(groups.items()))
 
 
-def _mean(rows: list[Row], value: Callable[[Row], float | None], unit: str, method: str) -> Reading:
+def cluster_mean(rows: list[Row], value: Callable[[Row], float | None], unit: str, method: str) -> Reading:
+    """The mean over rows that have a value, with an interval that draws whole questions; ``n`` counts questions."""
     by_question: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if (known := value(row)) is not None:
