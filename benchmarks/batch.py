@@ -4,11 +4,11 @@
     python benchmarks/batch.py --out FOLDER --model smollm2_135m --questions 4 --tokens 16 --places 2
     python benchmarks/batch.py --table results/h100/batch
 
-Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or the
-lengths of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts have the real questions' lengths
+Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or
+those of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts are as long as the real questions'
 (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds the first
-answer. Ours is all of them, with a place filled as soon as it is free; the reference answers a sample one at a time with
-generate's defaults, scaled to all tokens, which its row says. A method is a process of its own.
+answer. Ours is all of them, a place being filled as soon as it is free; the reference answers a sample one at a time,
+with generate's defaults, warm, and is scaled to all tokens, as its row says. A method is a process of its own.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def count_prompts() -> None:
         answered = [*first, {"role": "assistant", "content": ""}, {"role": "user", "content": question.turns[1]}]
         one = len(prompt_ids(tokenizer, first))
         counts.append([one, len(prompt_ids(tokenizer, answered)) - one])
-    about = "tokens of MT-bench's first turns, and of what second turns add beside the first answer; SmolLM2's tokenizer"
+    about = "tokens of MT-bench's first turns, and of what second turns add beside answers; SmolLM2's tokenizer"
     PROMPTS.write_text(json.dumps({"about": about, "tokens": counts}) + "\n")
 
 

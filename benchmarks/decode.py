@@ -5,11 +5,10 @@
     python benchmarks/decode.py --table results/h100/decode
 
 Each method is a process of its own: the base is loaded once, our greedy tokens are compared with generate's, and then
-all contenders answer in turn, several rounds. ``default`` is generate as it is, ``best_documented`` generate with a static
-cache, which transformers compiles by itself on a GPU. Medians over rounds; J/token is the card's, gross. The limit is what
-one step has to read (all weights but the embedding, and the cache at its mean length) over the bandwidth of a copy on
-the same card in the same run. A method's file is
-written after each round: a method that has one is not measured again.
+all contenders answer in turn, several rounds. ``default`` is generate as it is, ``best_documented`` generate with a
+static cache, which transformers compiles by itself on a GPU. Medians over rounds; J/token is the card's, gross. The
+limit is what one step has to read (all weights but the embedding, and the cache at its mean length) over the bandwidth
+of a copy on the same card in the same run. The file is written after each round; a method that has one is left alone.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     sampling = Sampling(args.tokens, ignore_eos=True)
     engines = {
         "default": EagerEngine(model, None, args.tokens),
-        "best_documented": _Static(model, None, args.tokens),
+        "best_documented": _static(model, args.tokens),
         "ours": GraphEngine(model, None, args.tokens, kernels=args.kernels),
     }
     result: dict[str, Any] = {
@@ -94,7 +93,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
             expected = expected or tokens
             one["agreement"] = _agreement(model, prompt, expected, tokens)
         result["contenders"][name] = one
-        print(f"{method} {name}: {({k: v for k, v in one.items() if v} )}", flush=True)
+        print(f"{method} {name}: { ({k: v for k, v in one.items() if v}) }", flush=True)
     result["kernel"] = engines["ours"].describe()
     for turn in range(args.rounds):
         names = [name for name in args.contenders if "reason" not in result["contenders"][name]]
@@ -103,7 +102,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
             slow = one["answer_seconds"] > SLOW_SECONDS
             _round(engines[name], one, prompt, sampling, 1 if slow else args.passes, device)
             (args.out / f"{method}.json").write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{method} {name}: {result['contenders'][name]['rates'][-args.passes:]}", flush=True)
+            print(f"{method} {name}: {result['contenders'][name]['rates'][-args.passes :]}", flush=True)
     return result
 
 
@@ -178,27 +177,22 @@ def limit(model: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     return found | {"bandwidth": best, "tokens_per_second": best / (weights + cache)}
 
 
-def _static_engine() -> Any:
+def _static(model: Any, tokens: int) -> Any:
+    """Generate with a static cache, which it then compiles."""
     from llm_at_home.generation.eager import EagerEngine
 
     class Static(EagerEngine):
-        """Generate with a static cache, which it then compiles."""
-
         def _generate(self, *inputs: Any, **options: Any) -> Any:
             return super()._generate(*inputs, cache_implementation="static", **options)
 
-    return Static
-
-
-def _Static(*args: Any) -> Any:  # noqa: N802
-    return _static_engine()(*args)
+    return Static(model, None, tokens)
 
 
 def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each method and reference."""
     found = []
     for result in results:
-        ours = result["contenders"]["ours"]
+        ours, protocol = result["contenders"]["ours"], result["protocol"]
         rate = _median(ours["rates"])
         ceiling = result["limit"]["tokens_per_second"]
         for name in ("default", "best_documented"):
@@ -209,7 +203,7 @@ def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             goal = GOALS[name] if name == "best_documented" else GOALS[name].get(result["method"])
             found.append(
                 {
-                    "work": f"decode, batch 1, prompt {result['protocol']['prompt']}, {result['protocol']['tokens']} new",
+                    "work": f"decode, batch 1, prompt {protocol['prompt']}, {protocol['tokens']} new",
                     "method": result["method"],
                     "ours": rate,
                     "reference": pace,
@@ -308,7 +302,9 @@ def main() -> int:
             continue
         words = sys.argv[1:]
         place = words.index("--") if "--" in words else len(words)
-        failed |= bool(subprocess.run([sys.executable, __file__, *words[:place], "--one", method, *words[place:]]).returncode)
+        failed |= bool(
+            subprocess.run([sys.executable, __file__, *words[:place], "--one", method, *words[place:]]).returncode
+        )
     (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
     print(table(stored(args.out)))
     return int(failed)

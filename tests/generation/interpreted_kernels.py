@@ -1,4 +1,4 @@
-"""The Triton kernels against float64; ``test_kernels`` runs this with Triton's interpreter, or with the card there is."""
+"""The Triton kernels against float64; ``test_kernels`` runs this with Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -105,10 +105,11 @@ def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts
         assert reply.finish_reason == "stop"
         together = ended.reply_batch(prompts, Sampling(TOKENS))
         assert together[1].tokens == reply.tokens
-        ignoring = ended.reply(prompts[1], Sampling(TOKENS, ignore_eos=True))
+        endless = Sampling(TOKENS, ignore_eos=True)
+        ignoring = ended.reply(prompts[1], endless)
         assert len(ignoring.tokens) == TOKENS
         assert free[5] not in ignoring.tokens
-        assert ignoring.tokens == EagerEngine(model, None, TOKENS).reply(prompts[1], Sampling(TOKENS, ignore_eos=True)).tokens
+        assert ignoring.tokens == EagerEngine(model, None, TOKENS).reply(prompts[1], endless).tokens
     finally:
         model.generation_config.eos_token_id = eos
 
@@ -200,14 +201,17 @@ def test_other_members_of_the_family(kind: str, prompts: list[list[int]]) -> Non
 def test_what_it_cannot_do_is_answered_eagerly_with_the_reason(prompts: list[list[int]]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt2", vocab_size=49152, n_embd=32, n_layer=1, n_head=2, n_positions=256, eos_token_id=0)
+    sizes = {"vocab_size": 49152, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    config = AutoConfig.for_model("gpt2", **sizes, eos_token_id=0)
     other = AutoModelForCausalLM.from_config(config).eval()
     engine = GraphEngine(other, None, 4)
     assert "not built as Llama" in engine.describe()["engine"]
     expected = EagerEngine(other, None, 4)
     assert engine.reply(prompts[0], Sampling(4)).tokens == expected.reply(prompts[0], Sampling(4)).tokens
     assert len(engine.reply_batch(prompts, Sampling(4))) == 4
-    window = AutoConfig.for_model("mistral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    window = AutoConfig.for_model("mistral", **sizes, sliding_window=8)
     with torch.device("meta"), pytest.raises(Unsupported, match="sliding window"):
         decoder_of(AutoModelForCausalLM.from_config(window))
 

@@ -13,7 +13,7 @@ from llm_at_home.hardware.catalogue import Card
 from llm_at_home.planning import adapters
 from llm_at_home.planning.inference import read_bytes
 from llm_at_home.planning.shape import Shape
-from llm_at_home.planning.training import batch_of, recomputed_layers
+from llm_at_home.planning.training import accumulation, batch_of, recomputed_layers
 from llm_at_home.records.schema import Reading
 
 METHOD = "data_sheet_bound"
@@ -28,7 +28,7 @@ def training_flops(config: Mapping[str, Any], shape: Shape) -> float:
     out, which leaves the bound a bound.
     """
     batch = batch_of(config)
-    steps = int((config.get("callbacks") or {}).get("accumulation", {}).get("steps", 1))
+    steps = accumulation(config)
     tokens = batch.all_tokens * steps
     used = shape.linear_weights + shape.expert_weights * shape.experts_per_token / max(1, shape.experts)
     layers = used + (adapters.trained_parameters(shape, config["adapter"]) if _beside(config) else 0)

@@ -48,6 +48,8 @@ def optimizer_memory(optimizer: Mapping[str, Any], tensors: Counter[int], bytes_
         return OptimizerMemory(2.0 * bytes_each * parameters, 0.0, float(bytes_each * parameters))
     if kind == "SGD":
         return OptimizerMemory(float(bytes_each * parameters) if optimizer.get("momentum") else 0.0, 0.0, 0.0)
+    if kind == "HostAdamW":
+        return OptimizerMemory(0.0, 0.0, 0.0)  # all of it is the host's
     if kind in ("AdamW8bit", "PagedAdamW8bit"):
         small = sum(size * count for size, count in tensors.items() if size < SMALLEST_8BIT)
         state = 8.0 * small + (parameters - small) * (2 + 2 * 4 / BLOCK_8BIT)

@@ -125,7 +125,7 @@ def _moments(
     offloaded = _memory(config)["offload"]
     boundaries = 0.0 if offloaded else recomputed * layer.boundary
     whole = (shape.layers - recomputed) * layer.kept
-    accumulated = gradients if _accumulation(config) > 1 else 0.0
+    accumulated = gradients if accumulation(config) > 1 else 0.0
     held = whole + boundaries + loss.kept
     found = [
         _moment("the loss, forward", static, gradients, held, loss.forward),
@@ -172,8 +172,10 @@ def _without_training(config: Mapping[str, Any], shape: Shape, batch: Batch, sta
     return _moment("the loss, forward", static, 0.0, hidden + cache, loss.forward)
 
 
-def _accumulation(config: Mapping[str, Any]) -> int:
-    return int((config.get("callbacks") or {}).get("accumulation", {}).get("steps", 1))
+def accumulation(config: Mapping[str, Any]) -> int:
+    """Micro-batches of an optimizer step; of a schedule the most."""
+    steps = (config.get("callbacks") or {}).get("accumulation", {}).get("steps", 1)
+    return max(int(count) for count in steps.values()) if isinstance(steps, Mapping) else int(steps)
 
 
 def _notes(config: Mapping[str, Any], shape: Shape, batch: Batch) -> list[str]:

@@ -39,6 +39,8 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(f"trainer.{KEY}={wanted} is unknown: choose {AUTO}, or null and data.batch_size={wanted}")
     if "accumulation" not in (config["callbacks"] or {}):
         raise Refusal(f"trainer.{KEY}={AUTO} sets the accumulation: leave callbacks.accumulation in")
+    if isinstance(config["callbacks"]["accumulation"]["steps"], Mapping):
+        raise Refusal(f"trainer.{KEY}={AUTO} chooses one accumulation: give callbacks.accumulation.steps as a number")
     choice = choose(config, USED * _memory(config["gpu"]), _capability(config["gpu"]))
     planned = {
         "micro_batch": choice.micro_batch,

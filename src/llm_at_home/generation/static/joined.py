@@ -51,7 +51,10 @@ def _rows_together(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     rows = [parameter.shape[0] for parameter in parameters]
     place = first.data_ptr()
     for parameter in parameters:
-        if parameter.data_ptr() != place or parameter.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if (
+            parameter.data_ptr() != place
+            or parameter.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
             break
         place += parameter.numel() * parameter.element_size()
     else:

@@ -1,7 +1,7 @@
 """Triton kernels of a decode step: what stands between the matrix products, and the products themselves at batch 1.
 
-Each function has its plain torch twin in ``reference``, of the same name and arguments. Sums run in float32 whatever the
-tensors' dtype. Lengths are read from the device, so one captured graph serves every position.
+Each function has its plain torch twin in ``reference``, of the same name and arguments. Sums run in float32, whatever
+the tensors' dtype. Lengths are read from the device, so one captured graph serves every position.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_at_home.generation.static.joined import is_plain, join
 
@@ -17,6 +18,10 @@ KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
 MOVING_ROTARY = ("dynamic", "longrope")
 # Their forward pass waits for the device, which a graph cannot.
 UNCAPTURABLE = {"Linear8bitLt": "LLM.int8() looks for outliers on the host at every layer"}
+
+
+# Not cuDNN's, which plans anew for each length that it has not seen: some 60 ms on an H100.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Unsupported(Exception):
@@ -132,15 +137,16 @@ class Decoder:
 
         def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
             part = slice(place, place + 1), slice(None), slice(start + count)
-            found = functional.scaled_dot_product_attention(
-                q.transpose(0, 1)[None],
-                key_cache[part],
-                value_cache[part],
-                attn_mask=seen,
-                is_causal=seen is None,
-                scale=self.scale,
-                enable_gqa=q.shape[1] != key_cache.shape[1],
-            )
+            with sdpa_kernel(ANY_LENGTH):
+                found = functional.scaled_dot_product_attention(
+                    q.transpose(0, 1)[None],
+                    key_cache[part],
+                    value_cache[part],
+                    attn_mask=seen,
+                    is_causal=seen is None,
+                    scale=self.scale,
+                    enable_gqa=q.shape[1] != key_cache.shape[1],
+                )
             return found[0].transpose(0, 1)
 
         return self.product(self._run(tokens, positions, places, keys, values, attend)[-1:])[:, 0]
@@ -162,7 +168,7 @@ class Decoder:
         for block, key_cache, value_cache in zip(self.blocks, keys, values, strict=True):
             hidden, normed = ops.add_rms_norm(hidden, delta, block.input_norm.weight, block.input_norm.variance_epsilon)
             q, k, v = (part.view(count, -1, self.head_dim) for part in block.project(normed))
-            if block.q_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
                 q, k = block.q_norm(q), block.k_norm(k)
             q = ops.rotate_and_store(q, k, v, self.tables, positions, places, key_cache, value_cache)
             delta = block.out(attend(q, key_cache, value_cache).reshape(count, 1, -1))

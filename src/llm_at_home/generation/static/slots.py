@@ -10,7 +10,6 @@ import torch
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.static.layers import Decoder
 
-
 PROMPT_PART = 4096  # tokens of a prompt that are read at once, which bounds the memory of its activations
 
 
@@ -61,7 +60,9 @@ class Slots:
 
     @torch.inference_mode()
     def admit(self, slot: int, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Read a prompt into a place and return its first new token; what the place has read of it already is not read again.
+        """Read a prompt into a place and return its first new token.
+
+        What the place has read of it already, in an earlier turn, is not read again.
 
         Args:
             slot: the place, whose earlier sequence is forgotten.
@@ -77,8 +78,8 @@ class Slots:
         self._read[slot] = self._read[slot][:known]
         ids = torch.tensor(list(prompt[known:]), device=self.device)
         for start in range(0, len(ids), PROMPT_PART):
-            part = ids[start : start + PROMPT_PART]
-            logits = self.decoder.prompt(part, known + start, slot, self.keys, self.values)
+            some = ids[start : start + PROMPT_PART]
+            logits = self.decoder.prompt(some, known + start, slot, self.keys, self.values)
         self._read[slot] = list(prompt)
         self.positions[slot] = len(prompt)
         self.active[slot] = 1
