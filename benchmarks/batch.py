@@ -5,10 +5,10 @@
     python benchmarks/batch.py --table results/h100/batch
 
 Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or
-those of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts are as long as the real questions'
-(benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds the first
-answer. Ours is all of them, a place being filled as soon as it is free; the reference answers a sample one at a time,
-with generate's defaults, warm, and is scaled to all tokens, as its row says. A method is a process of its own.
+those of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts are as long as the real
+questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds
+the first answer. Ours is all of them, a place being filled as soon as it is free; the reference answers a sample one at
+a time, with generate's defaults, warm, and is scaled to all tokens, as its row says. A method is a process of its own.
 """
 
 from __future__ import annotations
@@ -172,8 +172,9 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The methods as Markdown."""
+def table(folder: Path) -> str:
+    """The methods of a folder as Markdown."""
+    results = stored(folder)
     lines = [
         [
             *("quant", "places", "tokens", "ours (s)", "tokens/s", "J/token", "peak (GB)"),
@@ -252,7 +253,7 @@ def main() -> int:
         count_prompts()
         return 0
     if args.table:
-        print(table(stored(args.table)))
+        print(table(args.table))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one:
@@ -269,7 +270,7 @@ def main() -> int:
         command = [sys.executable, __file__, *words[:place], "--one", method, *words[place:]]
         failed |= bool(subprocess.run(command).returncode)
     (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
-    print(table(stored(args.out)))
+    print(table(args.out))
     return int(failed)
 
 

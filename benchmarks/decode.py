@@ -227,8 +227,9 @@ def _median(values: list[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The methods as Markdown."""
+def table(folder: Path) -> str:
+    """The methods of a folder as Markdown."""
+    results = stored(folder)
     lines = [
         [
             *("quant", "ours (tokens/s)", "default", "best documented", "ours / default", "ours / best"),
@@ -288,7 +289,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="after --: overrides")
     args = parser.parse_args()
     if args.table:
-        print(table(stored(args.table)))
+        print(table(args.table))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one:
@@ -306,7 +307,7 @@ def main() -> int:
             subprocess.run([sys.executable, __file__, *words[:place], "--one", method, *words[place:]]).returncode
         )
     (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
-    print(table(stored(args.out)))
+    print(table(args.out))
     return int(failed)
 
 

@@ -7,9 +7,10 @@
     python benchmarks/planner.py --fit                                      # the constants that were fitted
     python benchmarks/planner.py --out FOLDER --tiny -- gpu=cpu              # a try without a GPU
 
-Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. All rows share a
-process, and those of one base its loaded weights: each row starts from the base alone, with the allocator emptied and
-its peaks reset, and is the product's own ``train.py`` or ``infer.py`` from there on. Rows named ``limit_`` are what the
+Llama-2-7B's shape with random weights unless a row names another: memory is true, the loss is not. Rows of one base
+share a process and its loaded weights: each row starts from the base alone, with the allocator emptied and its peaks
+reset, and is the product's own ``train.py`` or ``infer.py`` from there on. Where a row has left anything on the card,
+the next one gets a new process. Rows named ``limit_`` are what the
 planner says just trains on a smaller card, and run under that card's memory. Every row leaves ``OUT/<row>/record.json``
 at once; what is there (out of memory is a result) is not run again.
 """
@@ -137,11 +138,12 @@ TINY_LENGTHS = {
     "infer": ["questions.prompt_tokens=16", "engine.max_new_tokens=4", "engine.warmup_tokens=2"],
 }
 MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak")
+LEFT_GB = 0.01  # what a row may leave behind
 HEADLINE = ("torch_reserved_peak", "process_memory_peak", "steps_per_second")
 
 
 def work(args: argparse.Namespace) -> None:
-    """The rows that are not there yet, in this process, which loads each base once."""
+    """Rows of one base, which is loaded once, until one leaves something on the card or the time is up."""
     import torch
 
     from llm_at_home.quantization import base as loader
@@ -161,23 +163,25 @@ def work(args: argparse.Namespace) -> None:
     checkpoints.save_weights = lambda model, folder: folder  # type: ignore[assignment]
     # Lightning moves a module to the host when it is done with it: the next row would start there.
     CausalLMModule.cpu = lambda self: self  # type: ignore[method-assign]
-    for base in args.bases:
-        kept.clear()
-        for name in missing(base, args.out):
-            if time.time() > args.until:
-                print(f"the time is up before {name}: the same command goes on with it")
-                return
-            start = time.monotonic()
-            try:
-                record = one([*BASES[base], *ROWS[base][name]], args, load_once)
-            except Refusal as refusal:
-                print(f"{name}: refused: {refusal}", flush=True)
-                continue
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.set_per_process_memory_fraction(1.0)
-            store.save(record, args.out / name)
-            _say(name, record, time.monotonic() - start)
+    (base,) = args.bases
+    for name in missing(base, args.out):
+        if time.time() > args.until:
+            print(f"the time is up before {name}: the same command goes on with it")
+            return
+        start = time.monotonic()
+        try:
+            record = one([*BASES[base], *ROWS[base][name]], args, load_once)
+        except Refusal as refusal:
+            print(f"{name}: refused: {refusal}", flush=True)
+            continue
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        store.save(record, args.out / name)
+        _say(name, record, time.monotonic() - start)
+        before, after = record.provenance["base_alone"], _empty(record.config)
+        if before and after and after["allocated_gb"] > before["allocated_gb"] + LEFT_GB:
+            return
 
 
 def missing(base: str, out: Path) -> list[str]:
@@ -217,7 +221,6 @@ def one(words: list[str], args: argparse.Namespace, load: Any) -> Record:
         except Exception as error:
             record.status = "out_of_memory" if "out of memory" in str(error).lower() else "failed"
             record.error = {"type": type(error).__name__, "message": str(error).splitlines()[0]}
-    _empty(config)
     return record
 
 
@@ -268,12 +271,17 @@ def _say(name: str, record: Record, seconds: float) -> None:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """All rows in a process of their own, which has the allocator as jobs have it; 1 when some are not there."""
+    """All rows, in processes that have the allocator as jobs have it; 1 when some are not there."""
     from llm_at_home.tasks.launch import CHILD_ENVIRONMENT
 
-    command = [sys.executable, __file__, "--out", str(args.out), "--until", str(time.time() + args.minutes * 60)]
-    command += [*(["--tiny"] if args.tiny else []), "--bases", *args.bases, "--", *args.overrides]
-    subprocess.run(command, env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
+    until = time.time() + args.minutes * 60
+    for base in args.bases:
+        command = [sys.executable, __file__, "--out", str(args.out), "--until", str(until), "--bases", base]
+        command += [*(["--tiny"] if args.tiny else []), "--", *args.overrides]
+        before = None
+        while missing(base, args.out) not in ([], before) and time.time() < until:
+            before = missing(base, args.out)
+            subprocess.run(command, env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
     left = [name for base in args.bases for name in missing(base, args.out)]
     print(f"not there: {', '.join(left)}" if left else "all rows are there")
     return int(bool(left))

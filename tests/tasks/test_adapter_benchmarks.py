@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,11 +43,13 @@ def script(name: str) -> ModuleType:
         ("convergence", "two_core_cpu/convergence", "memory.md"),
         ("judging", "two_core_cpu/mt_bench", "judging.md"),
         ("judge_faults", "two_core_cpu/judge_faults", "judging.md"),
+        ("decode", "h100/decode", "decoding.md"),
+        ("batch", "h100/batch", "decoding.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
     lines = script(name).table(RESULTS / folder).splitlines()
-    assert len(lines) > 3
+    assert len(lines) >= 3
     page = (DOCS / page).read_text().splitlines()
     missing = [line for line in lines if line and line not in page]
     assert not missing, f"python benchmarks/{name}.py --table results/{folder} says otherwise: {missing[0]}"
@@ -93,6 +96,12 @@ def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_o
         assert refusal("train", [*memory.PROTOCOL[1:], *words]) is not None
     for words, rates in convergence.METHODS.values():
         assert refusal("train", [*convergence.PROTOCOL[1:], *words, f"optimizer.lr={rates[0]}"]) is None
+
+
+def test_the_rows_that_others_read_are_those_of_the_files():
+    for name in ("decode", "batch"):
+        benchmark, folder = script(name), RESULTS / "h100" / name
+        assert json.loads((folder / "rows.json").read_text()) == {"rows": benchmark.rows(benchmark.stored(folder))}
 
 
 def test_what_counts_in_convergence_is_the_mean_over_the_tokens_of_the_last_steps():

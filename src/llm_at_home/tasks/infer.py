@@ -54,7 +54,7 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
         energy.start()
         start = time.perf_counter()
         try:
-            passes = [turns.answer(engine, folder, repeat, resume) for repeat in range(config["repeats"])]
+            passes = [_pass(turns, engine, folder, repeat, resume) for repeat in range(config["repeats"])]
             seconds = time.perf_counter() - start
         finally:
             energy.stop()
@@ -78,6 +78,13 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
         "generated_tokens": generated,
         "answers_at_the_length_limit": sum(reply.finish_reason == "length" for reply in replies),
     }
+
+
+def _pass(turns: QuestionTurns | RandomTurns, engine: Any, folder: Path, repeat: int, resume: bool) -> Any:
+    """All answers once, as if nothing had been asked before: what an earlier pass has read is read again."""
+    if hasattr(engine, "forget"):
+        engine.forget()
+    return turns.answer(engine, folder, repeat, resume)
 
 
 def chat(config: dict[str, Any]) -> None:
