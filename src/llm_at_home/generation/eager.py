@@ -66,6 +66,11 @@ class EagerEngine:
             self.model.disable_adapter_layers()
 
     @property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        return self._eos_ids()
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return self.model.config.vocab_size

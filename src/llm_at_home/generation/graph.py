@@ -177,6 +177,10 @@ class GraphEngine(EagerEngine):
             for slot, one in running.items():
                 slots.release(slot, one.tokens)
 
+    def places(self, tokens: int) -> Slots:
+        """The engine's places, each for a prompt and answer of so many tokens; those there are kept if they do."""
+        return self._room(self.batch_size, tokens)
+
     def _finish(self, one: _Sequence, then: Any, waiting: list[Any]) -> Reply:
         reply = self._reply(one)
         following = then(one.key, reply) if then else None

@@ -78,8 +78,8 @@ def job(task: str, composed: DictConfig) -> float | None:
     try:
         config = resolve.resolve(task, composed, hydra.overrides.task)
         resolve.check(task, config)
-        if task == "infer" and config["mode"] == "chat":
-            resolve.task_module(task).chat(config)
+        if task == "infer" and config["mode"] in ("chat", "serve"):
+            getattr(resolve.task_module(task), config["mode"])(config)
             outcome.status = "ok"
         elif config.get("judge", {}).get("dry_run"):
             judging.dry_run(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import ipaddress
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         if config["task"] not in UNUSED:
             raise Refusal(f"task={config['task']} is unknown: choose one of {', '.join(UNUSED)}")
         config = {key: value for key, value in config.items() if key not in UNUSED[config["task"]]}
+    if "adapters" in config:
+        config["adapters"] = config["adapters"] or {}
+    if config.get("mode") != "serve":
+        config.pop("serve", None)  # its key is nothing for a record
     config["gpu"] = resolve_device(config["gpu"])
     if "dtype" in config:
         config["dtype"] = _dtype(config)
@@ -287,10 +292,10 @@ def _check_infer(config: Mapping[str, Any]) -> None:
     if config["engine"]["name"] == "llamacpp" and config["quant"]["method"] != "gguf":
         hint = "use quant=gguf (quant.type=F16 or F32 is unquantized), or engine=eager"
         raise Refusal(f"engine=llamacpp runs .gguf files, and quant={config['quant']['name']} is none: {hint}")
-    if config["mode"] not in ("bench", "chat"):
-        raise Refusal(f"mode={config['mode']} is unknown: choose bench or chat")
-    if config["adapters"] and not (config["mode"] == "chat" and config["adapter_path"]):
-        raise Refusal("adapters= is for switching in mode=chat: name the first one with adapter_path=")
+    if config["mode"] not in ("bench", "chat", "serve"):
+        raise Refusal(f"mode={config['mode']} is unknown: choose bench, chat or serve")
+    if config["adapters"] and not (config["mode"] != "bench" and config["adapter_path"]):
+        raise Refusal("adapters= is for mode=chat and mode=serve: name the first one with adapter_path=")
     for path in config["adapters"].values():
         adapter_folder(path)
     if config["repeats"] < 1:
@@ -301,9 +306,26 @@ def _check_infer(config: Mapping[str, Any]) -> None:
         raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
     if config["engine"].get("batch_size", 1) < 1:
         raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
-    if config["mode"] == "chat" and config["model"]["weights"] == "random":
-        raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
+    if config["mode"] != "bench" and config["model"]["weights"] == "random":
+        raise Refusal(f"random weights have nothing to say: mode={config['mode']} needs model.weights=pretrained")
+    if config["mode"] == "serve":
+        _check_serve(config)
     _check_synthetic(config, "questions")
+
+
+def _check_serve(config: Mapping[str, Any]) -> None:
+    serve = config["serve"]
+    if config["engine"]["name"] == "llamacpp":
+        raise Refusal("mode=serve serves transformers' models: use another quant=, with engine=graph or engine=eager")
+    try:
+        is_loopback = ipaddress.ip_address(serve["host"]).is_loopback
+    except ValueError:
+        raise Refusal(f"serve.host={serve['host']} is no address: give one such as 127.0.0.1") from None
+    if not is_loopback and not serve["api_key"]:
+        raise Refusal(f"serve.host={serve['host']} lets everybody in the network ask: give serve.api_key as well")
+    for key in ("context", "queue"):
+        if serve[key] < 1:
+            raise Refusal(f"serve.{key}={serve[key]} is too small: give at least 1")
 
 
 def _check_quantize(config: Mapping[str, Any]) -> None:

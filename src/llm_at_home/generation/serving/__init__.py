@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint over a loaded model: ``scheduler`` decodes, ``text`` shows it, ``api`` speaks HTTP."""

@@ -1,0 +1,217 @@
+"""Decodes for many askers at once, in one thread that owns the model: a place is filled as soon as it is free."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_at_home.generation.reply import Sampling
+from llm_at_home.generation.serving.text import Detokenizer, Stops
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What somebody asks.
+
+    Args:
+        prompt: token ids.
+        sampling: how tokens are chosen.
+        adapter: the adapter that answers, or None for the base alone.
+        on_text: called with each piece of text, in the scheduler's thread.
+        on_end: called once, in the same thread: why it ended (``stop``, ``length``, ``cancelled`` or ``error``), and
+            how many tokens there were.
+        stops: strings that end the answer.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    adapter: str | None
+    on_text: Callable[[str], None]
+    on_end: Callable[[str, int], None]
+    stops: Sequence[str] = ()
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Scheduler:
+    """One thread over one engine.
+
+    Requests are answered in their order. All that are decoded together have the same adapter: one for another adapter
+    waits until those before it are done.
+
+    Args:
+        engine: a graph engine, whose places are filled; or another, which answers one request at a time.
+        context: tokens of the longest prompt with its answer.
+        queue: requests that may wait; further ones are turned away.
+    """
+
+    def __init__(self, engine: Any, context: int, queue: int) -> None:
+        self.engine, self.context, self.queue = engine, context, queue
+        self.has_places = hasattr(engine, "places") and not engine.eager_because
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, _Answer] = {}
+        self._adapter: Any = _UNKNOWN
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+
+    def __enter__(self) -> Scheduler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._closing = True
+            for request in [*self._waiting, *(answer.request for answer in self._running.values())]:
+                request.cancelled.set()
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are being answered, and how many wait."""
+        return len(self._running), len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            Busy: when as many as allowed wait already.
+        """
+        with self._changed:
+            if len(self._waiting) >= self.queue:
+                raise Busy
+            self._waiting.append(request)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+                if self._closing and not self._waiting and not self._running:
+                    return
+            try:
+                self._step()
+            except Exception:
+                # The askers get an error each; what comes after them is tried again from a clean start.
+                for answer in self._running.values():
+                    answer.request.on_end("error", len(answer.tokens))
+                self._running.clear()
+                if self.has_places:
+                    self.engine.close()
+
+    def _step(self) -> None:
+        if not self.has_places:
+            self._answer_alone(self._waiting.popleft())
+            return
+        self._admit()
+        if not self._running:
+            return
+        slots = self.engine.places(self.context)
+        tokens = slots.launch().wait()
+        for slot, answer in list(self._running.items()):
+            answer.take(tokens[slot])
+            self._end_if_done(slots, slot, answer)
+
+    def _admit(self) -> None:
+        slots = self.engine.places(self.context)
+        free = [slot for slot in range(slots.count) if slot not in self._running]
+        while free and self._waiting:
+            request = self._waiting[0]
+            if request.cancelled.is_set():
+                self._waiting.popleft()
+                request.on_end("cancelled", 0)
+                continue
+            if request.adapter != self._adapter:
+                if self._running:
+                    return
+                self._use(request.adapter)
+                slots = self.engine.places(self.context)  # others, for another adapter
+            self._waiting.popleft()
+            slot = slots.closest(request.prompt, free)
+            answer = _Answer(request, self.engine)
+            self._running[slot] = answer
+            answer.take(slots.admit(slot, request.prompt, request.sampling))
+            if not self._end_if_done(slots, slot, answer):
+                free.remove(slot)
+
+    def _end_if_done(self, slots: Any, slot: int, answer: _Answer) -> bool:
+        reason = answer.ending()
+        if reason is None:
+            return False
+        del self._running[slot]
+        slots.release(slot, answer.tokens)
+        answer.end(reason)
+        return True
+
+    def _use(self, adapter: str | None) -> None:
+        if self.engine.adapters:
+            self.engine.use_adapter(adapter)
+        self._adapter = adapter
+
+    def _answer_alone(self, request: Request) -> None:
+        if request.cancelled.is_set():
+            request.on_end("cancelled", 0)
+            return
+        if request.adapter != self._adapter:
+            self._use(request.adapter)
+        stops = Stops(request.stops)
+
+        def on_text(text: str) -> None:
+            if piece := stops.add(text):
+                request.on_text(piece)
+
+        def should_stop() -> bool:
+            return request.cancelled.is_set() or stops.stopped
+
+        try:
+            reply = self.engine.reply(request.prompt, request.sampling, on_text=on_text, should_stop=should_stop)
+        except Exception:
+            request.on_end("error", 0)
+            raise
+        if piece := stops.end():
+            request.on_text(piece)
+        reason = "stop" if stops.stopped else "cancelled" if request.cancelled.is_set() else reply.finish_reason
+        request.on_end(reason, len(reply.tokens))
+
+
+_UNKNOWN = object()
+
+
+class _Answer:
+    """An answer in the making."""
+
+    def __init__(self, request: Request, engine: Any) -> None:
+        self.request, self.ends = request, engine.end_ids
+        self.text, self.stops = Detokenizer(engine.tokenizer), Stops(request.stops)
+        self.tokens: list[int] = []
+
+    def take(self, token: int) -> None:
+        """Add a token and pass its text on."""
+        self.tokens.append(token)
+        if token not in self.ends:
+            self._show(self.stops.add(self.text.add(token)))
+
+    def ending(self) -> str | None:
+        """Why the answer ends here, or None while it goes on."""
+        if self.request.cancelled.is_set():
+            return "cancelled"
+        if self.stops.stopped or self.tokens[-1] in self.ends:
+            return "stop"
+        return "length" if len(self.tokens) >= self.request.sampling.max_new_tokens else None
+
+    def end(self, reason: str) -> None:
+        """Pass on what was held back, and the reason."""
+        if reason != "cancelled":
+            self._show(self.stops.add(self.text.end()) + self.stops.end())
+        self.request.on_end(reason, len(self.tokens))
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.request.on_text(piece)

@@ -1,0 +1,81 @@
+"""The endpoint as a user starts it, on a tiny real model."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from llm_at_home.errors import Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_it_answers_and_ctrl_c_ends_it(start: Any) -> None:
+    port = free_port()
+    words = ("mode=serve", f"serve.port={port}", "engine=graph", "engine.batch_size=2", "engine.max_new_tokens=8")
+    process: subprocess.Popen[str] = start("infer.py", *words)
+    try:
+        said = process.stdout.readline()  # type: ignore[union-attr]
+        assert f"http://127.0.0.1:{port}/v1" in said
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+        for _ in range(100):
+            try:
+                (model,) = client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.1)
+        asked: Any = [{"role": "user", "content": "Who are you?"}]
+        answer = client.chat.completions.create(model=model.id, messages=asked, temperature=0)
+        assert answer.usage is not None
+        assert 1 <= answer.usage.completion_tokens <= 8
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 1), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve.host=0.0.0.0"], "give serve.api_key as well"),
+        (["serve.context=0"], "serve.context=0 is too small"),
+        (["serve.host=home"], "serve.host=home is no address"),
+        (["quant=gguf"], "use another quant="),
+        (["model.weights=random"], "random weights have nothing to say"),
+        (["adapters={a: nowhere}"], "name the first one with adapter_path="),
+    ],
+)
+def test_what_cannot_be_served_is_refused(words: list[str], said: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.tasks import resolve
+
+    words = ["mode=serve", "logger=none", "gpu=cpu", *words]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    with pytest.raises(Refusal, match=said):
+        resolve.check("infer", config)
+
+
+def test_a_record_holds_no_key() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.tasks import resolve
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", ["serve.api_key=secret"]), ["serve.api_key=secret"])
+    assert "secret" not in str(config)
