@@ -91,7 +91,7 @@ def measure(plain):
     """
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.quantization.base import load_base
-    from llm_at_home.training.activations import checkpoint_layers
+    from llm_at_home.training.activations import ChunkedLoss, checkpoint_layers
     from llm_at_home.training.module import CausalLMModule
 
     def run(layers: int, rows: int, tokens: int, *overrides: str, padded: bool = False, **shape: int):
@@ -103,7 +103,9 @@ def measure(plain):
         base = load_base({**config, "gpu": {"device": "cpu"}})
         model = prepare_for_training(base, config["adapter"], None, 20)
         checkpoint_layers(model, config["memory"]["checkpointing"])
-        module = CausalLMModule(model, lambda parameters: None, None, config["memory"]["loss_tokens"])
+        at_once = config["memory"]["loss_tokens"]
+        chunked = ChunkedLoss(model, at_once) if at_once else None
+        module = CausalLMModule(model, lambda parameters: None, None, chunked)
         ids = torch.randint(0, sizes["vocab_size"], (rows, tokens))
         batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
         if padded:

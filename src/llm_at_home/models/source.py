@@ -133,7 +133,8 @@ def outputs(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
-    known = shape(model)
+    own = model["weights"] == "random" and model["architecture"]
+    known = own or (EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model))
     sizes: list[Any] = [known.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
     if known.get("model_type") not in PLAIN_DECODERS or not all(sizes):
         return frozenset(), frozenset()

@@ -104,7 +104,8 @@ class CausalLMModule(LightningModule):
         A penalty's gradient is added here: it does not depend on the tokens.
         """
         self._sum_over_processes()
-        self._learning_rate = float(optimizer.param_groups[0]["lr"])
+        if self._trainable:
+            self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, self.trainer.world_size * REFERENCE_TOKENS / self._tokens)
