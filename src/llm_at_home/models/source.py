@@ -133,8 +133,9 @@ def outputs(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
-    own = model["weights"] == "random" and model["architecture"]
-    known = own or (EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model))
+    known: Mapping[str, Any] = EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
+    if model["weights"] == "random" and model["architecture"]:
+        known = model["architecture"]
     sizes: list[Any] = [known.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
     if known.get("model_type") not in PLAIN_DECODERS or not all(sizes):
         return frozenset(), frozenset()
