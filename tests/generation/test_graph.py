@@ -131,7 +131,7 @@ def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: lis
         logits = model(torch.tensor([prompts[0]])).logits[:, -1].float()
         counts = torch.zeros(logits.shape[-1])
         for _ in range(n):
-            slots._draw()
+            slots._draw([0])
             counts[int(slots._choose(logits, slice(0, 1), True))] += 1
     slots.release(0)
     expected = (logits[0] / warm).softmax(-1)

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from llm_at_home.data.questions import load_questions
 from llm_at_home.errors import Refusal
 from llm_at_home.generation.eager import EagerEngine
+from llm_at_home.generation.reply import temperature_for
 from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Record
 from llm_at_home.tasks import infer, resolve
@@ -221,3 +222,53 @@ def test_an_interrupted_run_goes_on_with_the_questions_it_lacks(engine, question
     made = finished.answer(engine, tmp_path, 0, resume=True)
     assert made, "the last batch is measured again"
     assert sum(asked) < everything
+
+
+@pytest.mark.parametrize("places", [2, 5])
+def test_filled_places_give_the_answers_of_one_by_one(loaded, questions, tmp_path, places) -> None:
+    from llm_at_home.generation.graph import GraphEngine
+
+    alone, together = GraphEngine(*loaded, max_new_tokens=TOKENS), GraphEngine(*loaded, TOKENS, batch_size=places)
+    single, rows = asked(alone, questions, tmp_path / "1", 1)
+    (stream,), rows_together = asked(together, questions, tmp_path / "n", places)
+    assert rows_together == rows, "sampled ones too: each has its own seed"
+    assert {temperature_for(question.category, None) for question in questions} == {0.7, 0.1, 0.0}
+    assert len(stream) == 2 * len(questions)
+    assert stream.places == places
+    seconds = [reply.first_token_at for reply in stream]
+    assert 0 < stream.seconds < max(seconds) - min(seconds) + sum(max(stream, key=lambda r: r.intervals).intervals) + 60
+    second_turns = [reply for batch in single[1::2] for reply in batch]
+    assert all(reply.reused_tokens > 0 for reply in second_turns)
+
+
+def test_a_stream_s_rates_are_over_its_own_time() -> None:
+    from llm_at_home.generation.reply import Reply, Stream
+    from llm_at_home.generation.speed import speed_readings
+
+    def reply(at: float, steps: int, first: float, reused: int = 0) -> Reply:
+        return Reply("", list(range(steps + 1)), 10, "length", first, [0.1] * steps, reused, at)
+
+    stream = Stream([reply(100.0, 20, 0.5), reply(100.5, 10, 0.25), reply(101.8, 7, 0.25, reused=6)], places=2)
+    assert stream.seconds == pytest.approx(2.5)
+    figures = speed_readings([[stream]])
+    assert figures["decode_tokens_per_second"].value == pytest.approx(37 / 2.5)
+    assert figures["prefill_tokens_per_second"].value == pytest.approx(24 / 1.0)
+    assert figures["time_to_first_token"].value == pytest.approx(1 / 3)
+    assert figures["decode_tokens_per_second"].method == "token_on_host_clock_places_2"
+
+
+def test_a_measured_run_fills_places(spread, tmp_path) -> None:
+    words = ["model=custom", f"model.source={spread}", "engine=graph", "engine.batch_size=3", "limit=5", "logger=none"]
+    words += ["gpu=cpu", f"engine.max_new_tokens={TOKENS}", "samples=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    resolve.check("infer", config)
+    record = Record(task="infer", config=config, config_hash="x")
+    infer.run(config, tmp_path, record, None)
+    assert record.readings["decode_tokens_per_second"].method == "token_on_host_clock_places_3"
+    assert record.kernel["engine"] == "static cache, torch kernels, no graph"
+    rows = list(read_jsonl(tmp_path / ANSWERS))
+    assert [len(row["choices"]) for row in rows] == [
+        2 if temperature_for(row["category"], None) > 0 else 1 for row in rows
+    ]
+    assert record.counts["turns"] == sum(2 * len(row["choices"]) for row in rows)

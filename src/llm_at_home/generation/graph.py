@@ -192,7 +192,8 @@ class GraphEngine(EagerEngine):
         steps = [b - a for a, b in zip(one.times, one.times[1:], strict=False)]
         first = one.times[0] - one.start
         reason = self._finish_reason(one.tokens)
-        return Reply(self._decode(one.tokens), one.tokens, len(one.prompt), reason, first, steps, one.reused)
+        text = self._decode(one.tokens)
+        return Reply(text, one.tokens, len(one.prompt), reason, first, steps, one.reused, one.times[0])
 
     def _room(self, count: int, tokens: int) -> Slots:
         """Places for sequences of so many tokens; those there are kept if they are enough."""

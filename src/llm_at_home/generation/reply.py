@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # FastChat's llm_judge (Zheng et al. 2023) answers each category at its own temperature; the question file lacks them.
@@ -49,3 +50,23 @@ class Reply:
     time_to_first_token: float | None = None
     intervals: list[float] = field(default_factory=list)
     reused_tokens: int = 0  # of the prompt, which an earlier answer's cache held already
+    first_token_at: float | None = None  # on the host's monotonic clock; only streams need it
+
+
+class Stream(list[Reply]):
+    """Replies that were decoded side by side, each beginning when a place was free.
+
+    Args:
+        replies: each with ``first_token_at``.
+        places: how many could be decoded at once.
+    """
+
+    def __init__(self, replies: Iterable[Reply], places: int) -> None:
+        super().__init__(replies)
+        self.places = places
+
+    @property
+    def seconds(self) -> float:
+        """From the first token of all to the last."""
+        times = [(one.first_token_at, one.first_token_at + sum(one.intervals)) for one in self if one.first_token_at]
+        return max(end for _, end in times) - min(start for start, _ in times) if times else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from llm_at_home.generation.reply import Reply
+from llm_at_home.generation.reply import Reply, Stream
 from llm_at_home.metering.timing import mean_interval95, percentile
 from llm_at_home.records.schema import Reading
 
@@ -17,11 +17,13 @@ def speed_readings(passes: Sequence[Sequence[Sequence[Reply]]]) -> dict[str, Rea
     are those of all its answers together, without padding and without what was decoded after an answer's end; the time
     to the first token and the inter-token latency are those that each answer's reader sees. The method names the batch.
 
+    In a stream the rate is over the time from the first token of all to the last, prompts read in between included, and
+    the time to the first token is from the moment that there was a place.
+
     Args:
         passes: over the same questions; each a list of batches, a batch a list of replies.
     """
-    largest = max(len(batch) for one in passes for batch in one)
-    method = "token_on_host_clock" if largest == 1 else f"token_on_host_clock_batch_{largest}"
+    method = _method([batch for one in passes for batch in one])
 
     def figure(values: list[float], unit: str) -> Reading:
         return Reading(statistics.fmean(values), unit, method, interval95=mean_interval95(values), n=len(values))
@@ -45,12 +47,25 @@ def speed_readings(passes: Sequence[Sequence[Sequence[Reply]]]) -> dict[str, Rea
     return figures
 
 
+def _method(batches: Sequence[Sequence[Reply]]) -> str:
+    places = [batch.places for batch in batches if isinstance(batch, Stream)]
+    if places:
+        return f"token_on_host_clock_places_{max(places)}"
+    largest = max(len(batch) for batch in batches)
+    return "token_on_host_clock" if largest == 1 else f"token_on_host_clock_batch_{largest}"
+
+
 def _prefill_rate(batches: Sequence[Sequence[Reply]]) -> float:
-    seconds = sum(batch[0].time_to_first_token or 0.0 for batch in batches)
+    # A batch's prompts are read at once, a stream's one after the other.
+    waits = [list(batch) if isinstance(batch, Stream) else batch[:1] for batch in batches]
+    seconds = sum(reply.time_to_first_token or 0.0 for batch in waits for reply in batch)
     return sum(reply.prompt_tokens - reply.reused_tokens for batch in batches for reply in batch) / seconds
 
 
 def _decode_rate(batches: Sequence[Sequence[Reply]]) -> float:
     # A batch decodes as long as its longest answer.
-    seconds = sum(max(sum(reply.intervals) for reply in batch) for batch in batches)
+    seconds = sum(
+        batch.seconds if isinstance(batch, Stream) else max(sum(reply.intervals) for reply in batch)
+        for batch in batches
+    )
     return sum(len(reply.intervals) for batch in batches for reply in batch) / seconds

@@ -180,7 +180,13 @@ def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
     from llm_at_home.generation.reply import Sampling
 
     start = time.perf_counter()
-    ask(engine, turns.first_prompts(engine), Sampling(engine.warmup_tokens, ignore_eos=True))
+    prompts, sampling = turns.first_prompts(engine), Sampling(engine.warmup_tokens, ignore_eos=True)
+    if turns.streams(engine):
+        # As long as the measured ones, so that the cache and its graph are those of the measured phase.
+        requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
+        list(engine.stream(requests, longest=turns.longest(engine)))
+    else:
+        ask(engine, prompts, sampling)
     return Reading(time.perf_counter() - start, "s", "clock", n=1)
 
 

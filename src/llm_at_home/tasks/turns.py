@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ANSWERS = "answers.jsonl"
+SPARE = 16  # tokens a turn that a template may add around an answer
 
 
 class QuestionTurns:
@@ -17,6 +18,9 @@ class QuestionTurns:
 
     In batches, the first turns of ``batch_size`` conversations are answered at once and then their second turns. A
     batch has one temperature, so questions are grouped by it, and one seed, which is that of its first conversation.
+
+    An engine that fills places (``stream``) gets all conversations at once instead: each has its own temperature and
+    seed, its second turn follows its first as soon as there is a place, and the answers are those of one by one.
 
     Args:
         questions: with one or two turns each.
@@ -46,8 +50,11 @@ class QuestionTurns:
         self.kept = 0
 
     def first_prompts(self, engine: Any) -> list[list[int]]:
-        """The prompts of the first batch, for the warm-up."""
-        _, asked = self._batches(engine)[0]
+        """The prompts of the first batch, or for all places, for the warm-up."""
+        batches = self._batches(engine)
+        asked = (
+            [one for _, part in batches for one in part][: self.batch_size] if self.streams(engine) else batches[0][1]
+        )
         return [self._prompt(engine, [{"role": "user", "content": one.question.turns[0]}]) for one in asked]
 
     def answer(self, engine: Any, folder: Path, repeat: int, resume: bool = False) -> list[list[Any]]:
@@ -71,18 +78,68 @@ class QuestionTurns:
             again = {one.question.question_id for _, asked in todo for one in asked}
             self.kept = len(done - again) if repeat == 0 else self.kept
             unwritten = [q for q in self.questions if q.question_id not in done]
-            replies: dict[int, list[list[Any]]] = {}
+            replies: dict[int, dict[int, list[Any]]] = {}
+
+            def keep(one: _Asked, turns: list[Any]) -> None:
+                if repeat > 0:
+                    return
+                replies.setdefault(one.question.question_id, {})[one.sample] = turns
+                while unwritten and self._is_whole(engine, unwritten[0], replies):
+                    question = unwritten.pop(0)
+                    samples = replies.pop(question.question_id)
+                    log.append(self._row(question, [samples[i] for i in sorted(samples)]))
+
+            if self.streams(engine):
+                return [self._stream(engine, [one for _, asked in todo for one in asked], repeat, keep)]
             for temperature, asked in todo:
                 answered, own = self._converse(engine, asked, temperature, repeat)
                 made += answered
-                if repeat > 0:
-                    continue
                 for one, turns in zip(asked, own, strict=True):
-                    replies.setdefault(one.question.question_id, []).append(turns)
-                while unwritten and self._is_whole(engine, unwritten[0], replies):
-                    question = unwritten.pop(0)
-                    log.append(self._row(question, replies.pop(question.question_id)))
+                    keep(one, turns)
         return made
+
+    def streams(self, engine: Any) -> bool:
+        """Whether the engine's places are filled as they become free."""
+        return self.batch_size > 1 and hasattr(engine, "stream") and not engine.eager_because
+
+    def longest(self, engine: Any) -> int:
+        """Tokens of the longest conversation with the longest answers."""
+        sizes = []
+        for question in self.questions:
+            messages = []
+            for turn in question.turns:
+                messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": ""}]
+            sizes.append(len(self._prompt(engine, messages)) + len(question.turns) * (engine.max_new_tokens + SPARE))
+        return max(sizes)
+
+    def _stream(
+        self, engine: Any, asked: Sequence[_Asked], repeat: int, keep: Callable[[_Asked, list[Any]], None]
+    ) -> Any:
+        """All turns of all conversations, in the engine's places; ``keep`` gets each conversation that is whole."""
+        from llm_at_home.generation.reply import Sampling, Stream, temperature_for
+
+        messages: list[list[dict[str, str]]] = [[] for _ in asked]
+        own: list[list[Any]] = [[] for _ in asked]
+
+        def request(i: int, turn: int) -> Any:
+            one = asked[i]
+            messages[i].append({"role": "user", "content": one.question.turns[turn]})
+            temperature = temperature_for(one.question.category, engine.temperature)
+            sampling = Sampling(engine.max_new_tokens, temperature, _turn_seed(self.seed, repeat, one, turn))
+            return (i, turn), (self._prompt(engine, messages[i]), sampling)
+
+        def then(key: tuple[int, int], reply: Any) -> Any:
+            i, turn = key
+            messages[i].append({"role": "assistant", "content": reply.text})
+            own[i].append(reply)
+            if turn + 1 < len(asked[i].question.turns):
+                return request(i, turn + 1)
+            keep(asked[i], own[i])
+            return None
+
+        requests = [request(i, 0) for i in range(len(asked))]
+        made = engine.stream(requests, longest=self.longest(engine), then=then)
+        return Stream((reply for _, reply in made), min(self.batch_size, len(asked)))
 
     def _is_ours(self, path: Path) -> bool:
         from llm_at_home.records.jsonl import read_jsonl
@@ -96,7 +153,7 @@ class QuestionTurns:
 
         return self.samples if temperature_for(question.category, engine.temperature) > 0 else 1
 
-    def _is_whole(self, engine: Any, question: Any, replies: dict[int, list[list[Any]]]) -> bool:
+    def _is_whole(self, engine: Any, question: Any, replies: dict[int, dict[int, list[Any]]]) -> bool:
         return len(replies.get(question.question_id, ())) == self._times(engine, question)
 
     def _batches(self, engine: Any) -> list[tuple[float, list[_Asked]]]:
@@ -170,6 +227,14 @@ class _Asked:
 
 class RandomTurns:
     """Prompts of random token ids for a model without a tokenizer; every answer has the full length."""
+
+    def streams(self, engine: Any) -> bool:
+        """Never: answers of one length end together."""
+        return False
+
+    def longest(self, engine: Any) -> int:
+        """Tokens of a prompt with its answer."""
+        return len(self.prompts[0]) + int(engine.max_new_tokens)
 
     def __init__(self, count: int, prompt_tokens: int, vocabulary: int, seed: int, batch_size: int = 1) -> None:
         import torch

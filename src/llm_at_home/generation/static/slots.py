@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Slots:
             self.generators[slot] = torch.Generator(self.device).manual_seed(sampling.seed)
             if self.noise is None:
                 self.noise = torch.full_like(self.forbidden, 0.5)
-        self._draw()
+        self._draw([slot])
         part = slice(slot, slot + 1)
         self.tokens[part] = self._choose(logits.float(), part, sampling.temperature > 0)
         return int(self.tokens[slot])
@@ -123,7 +123,7 @@ class Slots:
         sampled = bool(self.generators)
         if self.capture and sampled not in self._graphs:
             self._graphs[sampled] = self._captured(sampled)
-        self._draw()
+        self._draw(self.generators)
         if self.capture:
             self._graphs[sampled].replay()
         else:
@@ -146,9 +146,10 @@ class Slots:
             scores = torch.where(warm > 0, drawn, scores)
         return scores.argmax(-1)
 
-    def _draw(self) -> None:
-        for slot, generator in self.generators.items():
-            self.noise[slot].uniform_(generator=generator)  # type: ignore[index]
+    def _draw(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            if slot in self.generators:
+                self.noise[slot].uniform_(generator=self.generators[slot])  # type: ignore[index]
 
     def _captured(self, sampled: bool) -> Any:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
