@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MLFLOW_DISABLE_TELEMETRY="true")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Quick tests have tiny models, which a second thread slows down, and beside other work many times."""
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Save a random two-layer Llama with SmolLM2's tokenizer, ``save_llama(name, **shape)``, and give its folder."""
