@@ -3,6 +3,7 @@
     python benchmarks/batch.py --out results/h100/batch                        # Llama-2-7B's shape, random weights
     python benchmarks/batch.py --out FOLDER --model smollm2_135m --questions 4 --tokens 16 --places 2
     python benchmarks/batch.py --table results/h100/batch
+    python benchmarks/batch.py --count-prompts                                 # count the questions' tokens again
 
 Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or
 those of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts are as long as the real
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +25,6 @@ from typing import Any
 
 import rows as common
 
-METHODS = {
-    "none": ["quant=none"],
-    "nf4": ["quant=nf4"],
-    "gptq": ["quant=gptq", "quant.group_size=128"],
-    "awq": ["quant=awq", "quant.group_size=128"],
-}
 PROMPTS = Path(__file__).with_name("mt_bench_prompts.json")
 GOALS = {"seconds": 100.0, "joules": 30.0}
 SPARE_BYTES = 5e9  # beside the weights and the cache: the prompts' activations, the graph, the allocator's slack
@@ -39,22 +33,14 @@ SPARE_BYTES = 5e9  # beside the weights and the cache: the prompts' activations,
 def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """Ours on everything and the reference on a sample, in this process."""
     import torch
-    from hydra import compose, initialize_config_dir
 
     from llm_at_home.generation.eager import EagerEngine
     from llm_at_home.generation.graph import GraphEngine
     from llm_at_home.generation.reply import Sampling
-    from llm_at_home.quantization.base import load_base
     from llm_at_home.records.provenance import collect
-    from llm_at_home.tasks import resolve
 
-    words = [f"model={args.model}", "questions=synthetic", "logger=none", *METHODS[method], *args.overrides]
-    if args.model != "smollm2_135m":
-        words.append("model.weights=random")
-    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
-        config = resolve.resolve("infer", compose("infer", words), words)
+    config, model = common.load_decoded(args, method)
     device = config["gpu"]["device"]
-    model = load_base(config)
     own = json.loads(PROMPTS.read_text())["tokens"][: args.questions]
     lengths = json.loads(args.lengths.read_text()) if args.lengths else [[args.tokens] * 2] * len(own)
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +160,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(folder: Path) -> str:
     """The methods of a folder as Markdown."""
-    results = stored(folder)
+    results = common.stored(folder)
     lines = [
         [
             *("quant", "places", "tokens", "ours (s)", "tokens/s", "J/token", "peak (GB)"),
@@ -189,20 +175,16 @@ def table(folder: Path) -> str:
                 result["method"],
                 str(result["places"]),
                 f"{ours['tokens']:,}",
-                *(_shown(ours[key], digits) for key, digits in (("seconds", 1), ("tokens_per_second", 0))),
-                *(_shown(ours[key], digits) for key, digits in (("joules_per_token", 3), ("peak_gb", 1))),
-                _shown(speed["reference"], 0),
-                _shown(reference["tokens_per_second"], 1),
-                _shown(reference["joules_per_token"], 2),
-                _shown(speed["ratio"], 1),
+                *(common.number(ours[key], digits) for key, digits in (("seconds", 1), ("tokens_per_second", 0))),
+                *(common.number(ours[key], digits) for key, digits in (("joules_per_token", 3), ("peak_gb", 1))),
+                common.number(speed["reference"], 0),
+                common.number(reference["tokens_per_second"], 1),
+                common.number(reference["joules_per_token"], 2),
+                common.number(speed["ratio"], 1),
                 common.DASH if energy["ratio"] is None else f"1/{energy['ratio']:.1f}",
             ]
         )
     return common.markdown(lines)
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return common.DASH if value is None else f"{value:,.{digits}f}"
 
 
 def count_prompts() -> None:
@@ -227,51 +209,17 @@ def count_prompts() -> None:
     PROMPTS.write_text(json.dumps({"about": about, "tokens": counts}) + "\n")
 
 
-def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, in the methods' order."""
-    files = [folder / f"{method}.json" for method in METHODS]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
-
-
 def main() -> int:
+    if sys.argv[1:] == ["--count-prompts"]:
+        count_prompts()
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="measure, a file a method into this folder, and rows.json")
-    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
-    what.add_argument("--count-prompts", action="store_true", help="count the questions' tokens again")
-    parser.add_argument("--model", default="llama2_7b")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "gptq"])
     parser.add_argument("--questions", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=1024, help="new tokens of a turn (default: %(default)s)")
     parser.add_argument("--lengths", type=Path, help="new tokens of each turn instead")
     parser.add_argument("--places", type=int, help="sequences at once (default: as many as fit)")
     parser.add_argument("--sample", type=int, default=128, help="new tokens of each of the reference's three answers")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="after --: overrides")
-    args = parser.parse_args()
-    if args.count_prompts:
-        count_prompts()
-        return 0
-    if args.table:
-        print(table(args.table))
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.one:
-        result = measure(args, args.one)
-        (args.out / f"{args.one}.json").write_text(json.dumps(result, indent=1) + "\n")
-        return 0
-    failed = False
-    for method in args.methods:
-        if (args.out / f"{method}.json").is_file():
-            print(f"{method}: is there")
-            continue
-        words = sys.argv[1:]
-        place = words.index("--") if "--" in words else len(words)
-        command = [sys.executable, __file__, *words[:place], "--one", method, *words[place:]]
-        failed |= bool(subprocess.run(command).returncode)
-    (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
-    print(table(args.out))
-    return int(failed)
+    return common.run_methods(parser, ["none", "gptq"], measure, table, rows)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ of a copy on the same card in the same run. The file is written after each round
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,13 +22,6 @@ from typing import Any
 
 import rows as common
 
-METHODS = {
-    "none": ["quant=none"],
-    "nf4": ["quant=nf4"],
-    "gptq": ["quant=gptq", "quant.group_size=128"],
-    "awq": ["quant=awq", "quant.group_size=128"],
-    "int8": ["quant=int8"],
-}
 # What the ratio is to be, by reference and method.
 GOALS = {"default": {"none": 6.5, "nf4": 8.0, "gptq": 8.0, "awq": 8.0}, "best_documented": 1.5}
 CONTENDERS = ("default", "best_documented", "ours")
@@ -40,24 +31,17 @@ SLOW_SECONDS = 5.0  # an answer that takes longer is measured once a round
 def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """All contenders of one method, in this process."""
     import torch
-    from hydra import compose, initialize_config_dir
 
     from llm_at_home.generation.eager import EagerEngine
     from llm_at_home.generation.graph import GraphEngine
     from llm_at_home.generation.reply import Sampling
-    from llm_at_home.quantization.base import describe_kernel, load_base
+    from llm_at_home.quantization.base import describe_kernel
     from llm_at_home.records.provenance import collect
-    from llm_at_home.tasks import resolve
 
-    words = [f"model={args.model}", "questions=synthetic", "logger=none", *METHODS[method], *args.overrides]
-    if args.model != "smollm2_135m":
-        words.append("model.weights=random")
-    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
-        config = resolve.resolve("infer", compose("infer", words), words)
-    device = config["gpu"]["device"]
     start = time.perf_counter()
-    model = load_base(config)
+    config, model = common.load_decoded(args, method)
     loaded = time.perf_counter() - start
+    device = config["gpu"]["device"]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (args.prompt,), generator=generator).tolist()
     sampling = Sampling(args.tokens, ignore_eos=True)
@@ -101,7 +85,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
             one = result["contenders"][name]
             slow = one["answer_seconds"] > SLOW_SECONDS
             _round(engines[name], one, prompt, sampling, 1 if slow else args.passes, device)
-            (args.out / f"{method}.json").write_text(json.dumps(result, indent=1) + "\n")
+            common.write(result, args.out / f"{method}.json")
             print(f"{method} {name}: {result['contenders'][name]['rates'][-args.passes :]}", flush=True)
     return result
 
@@ -229,7 +213,7 @@ def _median(values: list[float | None]) -> float | None:
 
 def table(folder: Path) -> str:
     """The methods of a folder as Markdown."""
-    results = stored(folder)
+    results = common.stored(folder)
     lines = [
         [
             *("quant", "ours (tokens/s)", "default", "best documented", "ours / default", "ours / best"),
@@ -248,67 +232,29 @@ def table(folder: Path) -> str:
         lines.append(
             [
                 result["method"],
-                *(_shown(any_row.get(key), 1) for key in ("ours",)),
-                *(_shown(row.get("reference"), 1) for row in (default, best)),
-                *(_shown(row.get("ratio"), 2) for row in (default, best)),
-                _shown(any_row.get("share_of_limit"), 2),
-                *(_shown(default.get(key), 2) for key in ("joules", "reference_joules")),
-                _shown(any_row.get("peak_gb"), 2),
-                _shown(ours.get("first_answer_seconds"), 1),
-                _shown(result["contenders"].get("best_documented", {}).get("first_answer_seconds"), 1),
+                *(common.number(any_row.get(key), 1) for key in ("ours",)),
+                *(common.number(row.get("reference"), 1) for row in (default, best)),
+                *(common.number(row.get("ratio"), 2) for row in (default, best)),
+                common.number(any_row.get("share_of_limit"), 2),
+                *(common.number(default.get(key), 2) for key in ("joules", "reference_joules")),
+                common.number(any_row.get("peak_gb"), 2),
+                common.number(ours.get("first_answer_seconds"), 1),
+                common.number(result["contenders"].get("best_documented", {}).get("first_answer_seconds"), 1),
                 same,
             ]
         )
     return common.markdown(lines)
 
 
-def _shown(value: float | None, digits: int) -> str:
-    return common.DASH if value is None else f"{value:,.{digits}f}"
-
-
-def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, in the methods' order."""
-    files = [folder / f"{method}.json" for method in METHODS]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="measure, a file a method into this folder, and rows.json")
-    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
-    parser.add_argument("--model", default="llama2_7b")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "nf4", "gptq", "awq"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--passes", type=int, default=3, help="answers of each contender in a round")
     parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "torch"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="after --: overrides")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.one:
-        result = measure(args, args.one)
-        (args.out / f"{args.one}.json").write_text(json.dumps(result, indent=1) + "\n")
-        return 0
-    failed = False
-    for method in args.methods:
-        if (args.out / f"{method}.json").is_file():
-            print(f"{method}: is there")
-            continue
-        words = sys.argv[1:]
-        place = words.index("--") if "--" in words else len(words)
-        failed |= bool(
-            subprocess.run([sys.executable, __file__, *words[:place], "--one", method, *words[place:]]).returncode
-        )
-    (args.out / "rows.json").write_text(json.dumps({"rows": rows(stored(args.out))}, indent=1) + "\n")
-    print(table(args.out))
-    return int(failed)
+    return common.run_methods(parser, ["none", "nf4", "gptq", "awq"], measure, table, rows)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.records import store
@@ -99,3 +102,90 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, the first line its titles."""
     titles, *rest = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rest))
+
+
+def number(value: float | None, digits: int) -> str:
+    """A figure of a result file, or a dash where it is unknown."""
+    return DASH if value is None else f"{value:,.{digits}f}"
+
+
+# The bases that fast decoding is measured on; GPTQ and AWQ as the checkpoints on the hub have them.
+DECODED = {
+    "none": ["quant=none"],
+    "nf4": ["quant=nf4"],
+    "gptq": ["quant=gptq", "quant.group_size=128"],
+    "awq": ["quant=awq", "quant.group_size=128"],
+    "int8": ["quant=int8"],
+}
+
+
+def load_decoded(args: argparse.Namespace, method: str) -> tuple[dict[str, Any], Any]:
+    """The resolved configuration and the base of one of ``DECODED``; random weights but for the embedded model."""
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.quantization.base import load_base
+    from llm_at_home.tasks import resolve
+
+    words = [f"model={args.model}", "questions=synthetic", "logger=none", *DECODED[method], *args.overrides]
+    if args.model != "smollm2_135m":
+        words.append("model.weights=random")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    resolve.check("infer", config)
+    return config, load_base(config)
+
+
+def run_methods(
+    parser: argparse.ArgumentParser,
+    methods: Sequence[str],
+    measure: Callable[[argparse.Namespace, str], Mapping[str, Any]],
+    table: Callable[[Path], str],
+    rows: Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]],
+) -> int:
+    """A script that measures methods, each in a process of its own, into ``OUT/METHOD.json`` and ``OUT/rows.json``.
+
+    Args:
+        parser: of the script's own options; those for methods, files and overrides are added here.
+        methods: by default.
+        measure: one method, in the process that is there; may write its file earlier itself.
+        table: a folder as Markdown.
+        rows: what ``rows.json`` holds, of the results.
+    """
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, a file a method into this folder, and rows.json")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
+    parser.add_argument("--model", default="llama2_7b")
+    parser.add_argument("--methods", nargs="+", choices=DECODED, default=methods)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="after --: overrides")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        write(measure(args, args.one), args.out / f"{args.one}.json")
+        return 0
+    words = sys.argv[1:]
+    place = words.index("--") if "--" in words else len(words)
+    failed = False
+    for method in args.methods:
+        if (args.out / f"{method}.json").is_file():
+            print(f"{method}: is there")
+            continue
+        command = [sys.executable, sys.argv[0], *words[:place], "--one", method, *words[place:]]
+        failed |= bool(subprocess.run(command).returncode)
+    write({"rows": rows(stored(args.out))}, args.out / "rows.json")
+    print(table(args.out))
+    return int(failed)
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder, in the order of ``DECODED``."""
+    files = [folder / f"{method}.json" for method in DECODED]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def write(result: Mapping[str, Any], file: Path) -> None:
+    """Write a result file."""
+    file.write_text(json.dumps(result, indent=1) + "\n")

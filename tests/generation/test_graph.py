@@ -10,6 +10,7 @@ from llm_at_home.generation.eager import EagerEngine
 from llm_at_home.generation.graph import BUCKET, GraphEngine
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
+from llm_at_home.generation.static.slots import Slots
 from llm_at_home.models.chat import prompt_ids
 
 TOKENS = 24
@@ -222,6 +223,19 @@ def test_int8_says_why_no_graph_is_captured() -> None:
 
     assert "outliers" in (uncapturable(nn.Sequential(Linear8bitLt())) or "")
     assert uncapturable(nn.Sequential(nn.Linear(1, 1))) is None
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(
+    graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(self: Slots, sampled: bool) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(Slots, "_captured", captured)
+    graph.capture = True
+    (expected,) = eager_tokens(model, tokenizer, prompts[1:2])
+    assert graph.reply(prompts[1], Sampling(TOKENS)).tokens == expected
+    assert graph.describe()["engine"].endswith("no graph, since operation not permitted when stream is capturing")
 
 
 def test_joining_adds_no_memory_and_keeps_the_layers(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:

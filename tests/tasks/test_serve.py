@@ -53,6 +53,9 @@ def test_it_answers_and_ctrl_c_ends_it(start: Any) -> None:
     [
         (["serve.host=0.0.0.0"], "give serve.api_key as well"),
         (["serve.context=0"], "serve.context=0 is too small"),
+        (["serve.context=9000"], "serve.context=9000 is longer than smollm2_135m knows: give 8192"),
+        (["engine=graph", "engine.kernels=fast"], "choose auto, triton or torch"),
+        (["engine=graph", "engine.kernels=triton"], "needs a GPU"),
         (["serve.host=home"], "serve.host=home is no address"),
         (["quant=gguf"], "use another quant="),
         (["model.weights=random"], "random weights have nothing to say"),
@@ -69,6 +72,14 @@ def test_what_cannot_be_served_is_refused(words: list[str], said: str) -> None:
         config = resolve.resolve("infer", compose("infer", words), words)
     with pytest.raises(Refusal, match=said):
         resolve.check("infer", config)
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_loads(command: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = command("infer.py", "mode=serve", f"serve.port={port}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"refused: serve.port={port} cannot be had")
 
 
 def test_a_record_holds_no_key() -> None:

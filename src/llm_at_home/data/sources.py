@@ -17,6 +17,7 @@ from llm_at_home.errors import Refusal
 
 SOURCES = ("handbook", "guanaco", "jsonl")
 SPLITS = ("train", "test")
+SYNTHETIC = "synthetic"  # random ids for a model without a tokenizer, which no file holds
 HANDBOOK = Path(__file__).parent / "handbook"
 
 

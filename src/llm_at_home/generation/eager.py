@@ -68,7 +68,8 @@ class EagerEngine:
     @property
     def end_ids(self) -> set[int]:
         """Tokens that end an answer."""
-        return self._eos_ids()
+        eos = self.model.generation_config.eos_token_id
+        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
 
     @property
     def vocabulary(self) -> int:
@@ -90,7 +91,7 @@ class EagerEngine:
             on_text: called with each new piece of text.
             should_stop: asked after each token; true ends the answer with finish reason ``stopped``.
         """
-        clock = _TokenClock(self.tokenizer if on_text else None, on_text)
+        clock = TokenClock(self.tokenizer if on_text else None, on_text)
         stopping = [_StopWhen(should_stop)] if should_stop else []
         (reply,) = self._answer([prompt], sampling, clock, stopping_criteria=stopping)
         if should_stop and should_stop():
@@ -103,10 +104,10 @@ class EagerEngine:
         The seed is the batch's: a sampled answer depends on what it shares its batch with. A greedy one does not, but
         for rounding: matrices of another size are summed in another order, which in 16 bits can turn a near tie.
         """
-        return self._answer(prompts, sampling, _TokenClock(None, None))
+        return self._answer(prompts, sampling, TokenClock(None, None))
 
     def _answer(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, clock: _TokenClock, **options: Any
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, clock: TokenClock, **options: Any
     ) -> list[Reply]:
         length = max(len(prompt) for prompt in prompts)
         pad = self._pad_id()
@@ -117,7 +118,7 @@ class EagerEngine:
         clock.end()
         first = clock.times[0] - start if clock.times else None
         steps = [b - a for a, b in itertools.pairwise(clock.times)]
-        ends = self._eos_ids()
+        ends = self.end_ids
         replies = []
         for prompt, row in zip(prompts, output, strict=True):
             tokens = row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
@@ -144,23 +145,19 @@ class EagerEngine:
                 **options,
             )
 
-    def _eos_ids(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
-
     def _pad_id(self) -> int:
         if self.tokenizer is not None and self.tokenizer.pad_token_id is not None:
             return self.tokenizer.pad_token_id
-        return next(iter(self._eos_ids()), 0)
+        return next(iter(self.end_ids), 0)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip() if self.tokenizer else ""
 
     def _finish_reason(self, tokens: list[int]) -> str:
-        return "stop" if tokens and tokens[-1] in self._eos_ids() else "length"
+        return "stop" if tokens and tokens[-1] in self.end_ids else "length"
 
 
-class _TokenClock:
+class TokenClock:
     """Stands where transformers expects a streamer: notes when tokens reach the host, and passes text on."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:

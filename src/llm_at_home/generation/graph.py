@@ -1,15 +1,17 @@
-"""The graph engine: a static cache and one captured step for every token, with transformers' own prompt pass."""
+"""The graph engine: a static cache, prompts read into it, and one captured step for every token."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from llm_at_home.generation.eager import EagerEngine, _TokenClock
+from llm_at_home.generation.eager import EagerEngine, TokenClock
 from llm_at_home.generation.reply import Reply, Sampling
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
 from llm_at_home.generation.static.slots import Slots
@@ -61,12 +63,15 @@ class GraphEngine(EagerEngine):
         return super().describe() | {"engine": engine}
 
     def _engine(self) -> str:
-        return f"static cache, {self.kernels} kernels, " + ("one CUDA graph a step" if self.capture else "no graph")
+        graph = "one CUDA graph a step" if self.capture else "no graph"
+        if self._slots is not None and self._slots.not_captured:
+            graph = f"no graph, since {self._slots.not_captured}"
+        return f"static cache, {self.kernels} kernels, {graph}"
 
     def use_adapter(self, name: str | None) -> None:
         """As the eager engine's; what was captured with another adapter is thrown away."""
         super().use_adapter(name)
-        self._slots = None
+        self.close()
 
     def close(self) -> None:
         """Let go of the cache and the graphs; the next answer makes them anew."""
@@ -87,14 +92,14 @@ class GraphEngine(EagerEngine):
         """As the eager engine's."""
         if self.eager_because:
             return super().reply(prompt, sampling, on_text, should_stop)
-        clock = _TokenClock(self.tokenizer if on_text else None, on_text)
+        clock = TokenClock(self.tokenizer if on_text else None, on_text)
         clock.put(torch.tensor([list(prompt)]))
         start = time.perf_counter()
         slots = self._room(1, len(prompt) + sampling.max_new_tokens)
         tokens = [slots.admit(0, prompt, sampling)]
         reused = slots.reused
         clock.put(torch.tensor(tokens))
-        ends = set() if sampling.ignore_eos else self._eos_ids()
+        ends = set() if sampling.ignore_eos else self.end_ids
         stopped = False
         # The next step runs on the card while this one's token is looked at.
         ahead = slots.launch() if sampling.max_new_tokens > 1 else None
@@ -146,7 +151,7 @@ class GraphEngine(EagerEngine):
         needed = longest or max(len(prompt) + sampling.max_new_tokens for _, (prompt, sampling) in waiting)
         slots = self._room(min(count or self.batch_size, len(waiting)), needed)
         running: dict[int, _Sequence] = {}
-        ends = self._eos_ids()
+        ends = self.end_ids
         try:
             while waiting or running:
                 free = [slot for slot in range(slots.count) if slot not in running]
@@ -189,7 +194,7 @@ class GraphEngine(EagerEngine):
         return reply
 
     def _reply(self, one: _Sequence) -> Reply:
-        steps = [b - a for a, b in zip(one.times, one.times[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(one.times)]
         first = one.times[0] - one.start
         reason = self._finish_reason(one.tokens)
         text = self._decode(one.tokens)
@@ -201,8 +206,8 @@ class GraphEngine(EagerEngine):
         if slots is not None and slots.count == count and slots.capacity > tokens:
             return slots
         capacity = -(-(tokens + 1) // BUCKET) * BUCKET
-        self._slots = slots = None  # before the new ones take memory
-        self._slots = Slots(self.model, count, capacity, self.operations, self.capture, sorted(self._eos_ids()))
+        self._slots = slots = None  # both names: the memory is free before the new ones take theirs
+        self._slots = Slots(self.model, count, capacity, self.operations, self.capture, sorted(self.end_ids))
         return self._slots
 
 
@@ -229,15 +234,9 @@ def _operations(kernels: str, device: torch.device) -> tuple[Any, str]:
 
     if kernels == "auto":
         ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        kernels = "triton" if ready and _has_triton() else "torch"
+        kernels = "triton" if ready and find_spec("triton") is not None else "torch"
     if kernels == "triton":
         from llm_at_home.generation.static import kernels as triton_kernels
 
         return triton_kernels, kernels
     return reference, kernels
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""Inference, from a model and questions to answers and what each token cost; or a chat in the terminal."""
+"""Inference, from a model and questions to answers and what each token cost; a chat in the terminal; an endpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.pruning.naming import prune_words
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import logs
-from llm_at_home.tasks.resolve import SYNTHETIC
 from llm_at_home.tasks.turns import QuestionTurns, RandomTurns, ask
+
+SERVED_CONTEXT = 4096  # where neither the user nor the model says less
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -120,7 +122,8 @@ def serve(config: dict[str, Any]) -> None:
     for name, path in config["adapters"].items():
         add_saved(engine.model, path, name)
         models[name] = name
-    with Scheduler(engine, options["context"], options["queue"]) as scheduler:
+    context = options["context"] or min(SERVED_CONTEXT, engine.model.config.max_position_embeddings)
+    with Scheduler(engine, context, options["queue"]) as scheduler:
         chosen = {} if engine.temperature is None else {"temperature": engine.temperature}
         service = Service(scheduler, models, options["api_key"], engine.max_new_tokens, **chosen)
         print(f"{', '.join(models)} at http://{options['host']}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)

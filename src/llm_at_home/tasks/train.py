@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import helper
 from llm_at_home.tasks.planned import predicted
-from llm_at_home.tasks.resolve import SYNTHETIC
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:

@@ -52,6 +52,7 @@ class Slots:
         self.forbidden = state((count, config.vocab_size), torch.float32)
         self.noise: torch.Tensor | None = None  # only sampled answers need it
         self.generators: dict[int, torch.Generator] = {}
+        self.not_captured: str | None = None  # why there is no graph after all
         self._graphs: dict[bool, Any] = {}
         self._pool: Any = None
         pinned = self.device.type == "cuda"
@@ -122,7 +123,12 @@ class Slots:
         """Start the step that decodes the next token of every place, and return where they will arrive."""
         sampled = bool(self.generators)
         if self.capture and sampled not in self._graphs:
-            self._graphs[sampled] = self._captured(sampled)
+            try:
+                self._graphs[sampled] = self._captured(sampled)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a layer that waits for the device, say
+                self.capture, self.not_captured = False, str(error).splitlines()[0]
         self._draw(self.generators)
         if self.capture:
             self._graphs[sampled].replay()
@@ -154,20 +160,22 @@ class Slots:
     def _captured(self, sampled: bool) -> Any:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
         kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._advance(sampled)
-                self.positions.copy_(kept[1])
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._advance(sampled)
-        for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
-            tensor.copy_(value)
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._advance(sampled)
+                    self.positions.copy_(kept[1])
+            torch.cuda.current_stream().wait_stream(stream)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._advance(sampled)
+        finally:
+            for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
+                tensor.copy_(value)
         return graph
 
 

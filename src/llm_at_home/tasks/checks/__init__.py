@@ -1,0 +1,39 @@
+"""Refuses, before anything loads, what cannot work: what all tasks share here, and a file for each kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_at_home.adapters.attach import adapter_folder
+from llm_at_home.errors import Refusal
+from llm_at_home.models import source
+from llm_at_home.pruning import base as pruning
+from llm_at_home.quantization import base
+from llm_at_home.tasks.checks import evaluate, infer, making, train
+
+
+def check(task: str, config: Mapping[str, Any]) -> None:
+    """Refuse, before anything loads, what cannot work.
+
+    Raises:
+        Refusal: with one line that says what to change.
+    """
+    if config["limit"] is not None and config["limit"] < 1:
+        raise Refusal(f"limit={config['limit']} leaves nothing to do: give at least 1, or null for all")
+    if config.get("adapter_path"):
+        adapter_folder(config["adapter_path"])
+    if "model" in config:
+        source.check(config["model"])
+        if "quant" in config:
+            base.check(config)
+        pruning.check(config)
+    checks = {
+        "train": train.check,
+        "infer": infer.check,
+        "evaluate": evaluate.check,
+        "quantize": making.check_quantize,
+        "prune": making.check_prune,
+        "merge": making.check_merge,
+    }
+    checks[task](config)

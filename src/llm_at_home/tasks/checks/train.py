@@ -1,0 +1,167 @@
+"""What cannot be trained, or not so."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.adapters import compatibility
+from llm_at_home.adapters.attach import rank_schedule
+from llm_at_home.errors import Refusal
+from llm_at_home.hardware.device import resolve_dtype
+from llm_at_home.hardware.present import present_gpus
+from llm_at_home.models import source
+from llm_at_home.models.logits import capped_logits
+from llm_at_home.records import store
+from llm_at_home.tasks.checks.synthetic import check_synthetic
+from llm_at_home.training.accumulation_schedule import accumulation_schedule
+
+# Lightning's policies and the dtype of the weights that each is meant for; a wider one may be computed in fewer bits.
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "bf16-true": "bfloat16"}
+PRECISIONS_OF = {
+    "float32": ("32-true", "bf16-mixed", "16-mixed"),
+    "bfloat16": ("bf16-mixed", "bf16-true"),
+    "float16": ("16-mixed",),
+}
+TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse training that cannot work."""
+    check_synthetic(config, "data")
+    compatibility.check(config)
+    accumulation_schedule(_accumulation(config))
+    _check_precision(config)
+    _check_devices(config)
+    _check_memory(config)
+    if "schedule" in config["adapter"]:
+        rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
+    if config["trainer"]["max_steps"] < 1:
+        raise Refusal(f"trainer.max_steps={config['trainer']['max_steps']} is too small: give at least 1")
+    if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
+        raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
+    resume = config["resume"]
+    if resume and not any((Path(resume) / "checkpoints").glob("step_*")):
+        raise Refusal(f"resume={resume} holds no checkpoint: give the folder of an interrupted training run")
+    if resume:
+        _check_same(config, store.load(resume).config, resume)
+
+
+def _check_precision(config: Mapping[str, Any]) -> None:
+    precision, dtype, gpu = config["trainer"]["precision"], config["dtype"], config["gpu"]
+    if precision not in PRECISIONS:
+        raise Refusal(f"trainer.precision={precision} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if precision == "16-mixed" and gpu["device"] == "cpu":
+        raise Refusal(
+            f"trainer.precision=16-mixed (of dtype={dtype}) needs a GPU, on a CPU Lightning would compute in bfloat16: "
+            "use dtype=float32 or bfloat16"
+        )
+    if precision not in PRECISIONS_OF[dtype]:
+        hint = f"use dtype={PRECISIONS[precision]}, or use {' or '.join(PRECISIONS_OF[dtype])}"
+        raise Refusal(f"trainer.precision={precision} does not train weights of dtype={dtype}: {hint}")
+    if precision.startswith("bf16"):
+        resolve_dtype("bfloat16", gpu)
+    if precision == "16-mixed" and dtype == "float16" and config["adapter"]["trains"] == "all":
+        raise Refusal(
+            f"adapter={config['adapter']['name']} dtype=float16 would train float16 weights, whose gradients no scaler "
+            "takes: use dtype=float32 trainer.precision=16-mixed, or dtype=bfloat16"
+        )
+    if precision == "bf16-true" and config["quant"]["method"] != "dense":
+        raise Refusal(
+            f"trainer.precision=bf16-true would round the scales of quant={config['quant']['name']} as well: use "
+            "trainer.precision=bf16-mixed"
+        )
+
+
+def _check_devices(config: Mapping[str, Any]) -> None:
+    trainer, gpu = config["trainer"], config["gpu"]
+    devices, strategy = trainer["devices"], trainer["strategy"]
+    if type(devices) is not int or devices < 1:
+        raise Refusal(f"trainer.devices={devices} is no number of devices: give at least 1")
+    if strategy not in ("auto", "ddp"):
+        hint = "use trainer=ddp, and for less memory memory=smallest, memory.offload=true or optimizer=adamw_offload"
+        raise Refusal(f"trainer.strategy={strategy} is not tried here: {hint}")
+    if devices == 1:
+        return
+    if strategy != "ddp":
+        raise Refusal(f"trainer.devices={devices} needs a strategy: use trainer=ddp trainer.devices={devices}")
+    if gpu["device"] == "cuda" and devices > len(present_gpus()):
+        raise Refusal(f"trainer.devices={devices}, and {len(present_gpus())} GPUs are here: give as many")
+    if config["adapter"]["name"] == "adalora":
+        raise Refusal("adapter=adalora hands out its ranks in one process: use trainer=default, or adapter=lora")
+    if config["adapter"]["trains"] == "nothing":
+        raise Refusal("adapter=none has no gradients for several processes to share: use trainer=default")
+    if config["resume"]:
+        raise Refusal(
+            "a checkpoint has the random states of one process: resume with trainer=default, or go on from its adapter "
+            "with adapter_path="
+        )
+
+
+def _check_memory(config: Mapping[str, Any]) -> None:
+    every, tokens, adapter = config["memory"]["checkpointing"], config["memory"]["loss_tokens"], config["adapter"]
+    if every not in ("none", "full") and (type(every) is not int or every < 1):
+        raise Refusal(f"memory.checkpointing={every} is unknown: choose none, full, or a number of layers such as 2")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise Refusal(f"memory.loss_tokens={tokens} is too small: give at least 1, or null for all at once")
+    _check_loss(config)
+    if config["data"]["packing"] and str(adapter.get("_target_")).endswith(TRAINED_PROMPTS):
+        raise Refusal(
+            f"adapter={adapter['name']} puts what it trains before the first of the packed conversations alone: use "
+            "data.packing=false, or adapter=lora"
+        )
+    if every != "none" and str(adapter.get("_target_")).endswith("PrefixTuningConfig"):
+        raise Refusal(
+            f"adapter={adapter['name']} hands its keys and values to the layers in a cache, which transformers drops "
+            "where layers are recomputed: use memory.checkpointing=none, or adapter=prompt"
+        )
+    if config["memory"]["offload"] and every == "none":
+        raise Refusal("memory.offload=true is of recomputed layers: add memory.checkpointing=full")
+    if config["memory"]["offload"] and config["gpu"]["device"] == "cpu":
+        raise Refusal("memory.offload=true needs a GPU to move from: use memory.offload=false")
+    _check_optimizer(config)
+
+
+def _check_loss(config: Mapping[str, Any]) -> None:
+    loss, tokens = config["memory"]["loss"], config["memory"]["loss_tokens"]
+    if loss not in ("torch", "liger"):
+        raise Refusal(f"memory.loss={loss} is unknown: choose torch or liger")
+    if loss == "liger" and tokens is not None:
+        raise Refusal("memory.loss=liger chooses itself how many logits it holds: use memory.loss_tokens=null")
+    if loss == "liger" and config["gpu"]["device"] == "cpu":
+        raise Refusal("memory.loss=liger is a kernel for GPUs: use memory.loss=torch memory.loss_tokens=256")
+    if loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        hint = "pip install liger-kernel==0.8.5, or use memory.loss=torch memory.loss_tokens=256"
+        raise Refusal(f"memory.loss=liger needs liger-kernel: {hint}")
+    capped = capped_logits(source.shape(config["model"]))
+    if capped and (tokens is not None or loss == "liger"):
+        hint = "use memory.loss_tokens=null memory.loss=torch"
+        raise Refusal(f"{config['model']['name']} caps its logits after the output layer ({capped}): {hint}")
+
+
+def _check_optimizer(config: Mapping[str, Any]) -> None:
+    target, gpu = str(config["optimizer"]["_target_"]), config["gpu"]
+    if gpu["device"] == "cpu" and "Paged" in target:
+        raise Refusal(
+            "a paged optimizer moves its state between card and host, and gpu=cpu has no card: use optimizer=adamw_8bit"
+        )
+    if gpu["device"] == "cpu" and target.endswith("HostAdamW"):
+        raise Refusal(
+            "optimizer=adamw_offload keeps its state in the host's memory, where gpu=cpu has all: use optimizer=adamw"
+        )
+
+
+def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
+    before = {"prune": {"name": "none"}, **before}  # of a run of before there was any
+    for group in ("model", "quant", "prune", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
+        if config[group] != before.get(group):
+            raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
+    steps = [_accumulation(c) for c in (config, before)]
+    if accumulation_schedule(steps[0]) != accumulation_schedule(steps[1]):
+        raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
+
+
+def _accumulation(config: Mapping[str, Any]) -> Any:
+    return ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)
