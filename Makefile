@@ -33,7 +33,7 @@ merge: setup ## merge an adapter into its base: make merge ARGS="adapter_path=RU
 	$(PY) -m llm_at_home.tasks.merge $(ARGS)
 
 test: setup ## the tests (under 15 minutes on two cores)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-slow: setup ## the tests that take minutes, the demo among them
 	$(PY) -m pytest -m slow --timeout=1800
