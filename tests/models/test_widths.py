@@ -61,10 +61,11 @@ def test_widths_of_a_hub_model_come_from_the_hub_s_cache(tmp_path, monkeypatch):
     assert source.widths(model("some/model")) == {96, 160}
 
 
-def test_an_architecture_counts_where_its_weights_are_random_only(tiny_model):
+def test_an_architecture_counts_where_its_weights_are_random_or_not_here_yet(tiny_model):
     shape = {"model_type": "llama", "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}
     assert source.widths(model(tiny_model, "random", shape)) == {96, 160}
     assert source.widths(model(tiny_model, "pretrained", shape)) == {64, 128}
+    assert source.widths(model("not/here", "pretrained", shape)) == {96, 160}
 
 
 @pytest.mark.parametrize("shape", [{"model_type": "gpt2", "n_embd": 768}, {"model_type": "llama"}, {}])

@@ -89,7 +89,7 @@ def stored_quantization(model: Mapping[str, Any]) -> dict[str, Any] | None:
     """``quantization_config`` of a checkpoint in transformers' format, or None, also where it is not downloaded yet."""
     if model["weights"] == "random" or model["source"] == EMBEDDED:
         return None
-    return _shape(model).get("quantization_config") or None
+    return _config(model).get("quantization_config") or None
 
 
 def hub_is_off() -> bool:
@@ -113,13 +113,15 @@ def _hub_folder(source: str) -> Path:
 
 
 def shape(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's configuration as ``config.json`` has it, without loading: empty where it is not on this machine.
+    """The model's configuration as its ``config.json`` has it, without loading; empty where none is known.
 
-    The ``architecture`` of the group describes its own source, also where that is not downloaded.
+    The group's ``architecture`` counts for random weights, and for a source that is not on this machine yet.
     """
-    if model["architecture"]:
-        return dict(model["architecture"])
-    return dict(EMBEDDED_SHAPE) if model["source"] == EMBEDDED else _shape(model)
+    architecture = model["architecture"]
+    if architecture and model["weights"] == "random":
+        return dict(architecture)
+    known = EMBEDDED_SHAPE if model["source"] == EMBEDDED else _config(model)
+    return dict(known or architecture or {})
 
 
 def widths(model: Mapping[str, Any]) -> frozenset[int]:
@@ -133,9 +135,7 @@ def outputs(model: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
-    known: Mapping[str, Any] = EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
-    if model["weights"] == "random" and model["architecture"]:
-        known = model["architecture"]
+    known = shape(model)
     sizes: list[Any] = [known.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")]
     if known.get("model_type") not in PLAIN_DECODERS or not all(sizes):
         return frozenset(), frozenset()
@@ -147,10 +147,8 @@ def _widths_and_outputs(model: Mapping[str, Any]) -> tuple[frozenset[int], froze
 
 def model_type(model: Mapping[str, Any]) -> str | None:
     """The architecture's name, as transformers has it, as far as it can be told without loading; else None."""
-    if model["weights"] == "random" and model["architecture"]:
-        return str(model["architecture"]["model_type"])
-    shape = EMBEDDED_SHAPE if model["source"] == EMBEDDED else _shape(model)
-    return str(shape["model_type"]) if shape.get("model_type") else None
+    name = shape(model).get("model_type")
+    return str(name) if name else None
 
 
 def check_group_size(model: Mapping[str, Any], size: int) -> None:
@@ -168,7 +166,7 @@ def check_group_size(model: Mapping[str, Any], size: int) -> None:
             )
 
 
-def _shape(model: Mapping[str, Any]) -> dict[str, Any]:
+def _config(model: Mapping[str, Any]) -> dict[str, Any]:
     """The model's config.json, in its folder or in the hub's cache; empty where there is none yet."""
     folder = Path(model["source"]).expanduser()
     if not folder.is_dir():

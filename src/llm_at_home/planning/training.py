@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.planning import adapters
 from llm_at_home.planning.activations import Batch, LayerMemory, LossMemory, layer_memory, loss_memory
 from llm_at_home.planning.allocator import Gaps, context_bytes, cublas_workspace
@@ -14,7 +15,6 @@ from llm_at_home.planning.shape import Shape
 from llm_at_home.planning.state import ADALORA_SCORES, OptimizerMemory, optimizer_memory
 from llm_at_home.planning.weights import BYTES, model_bytes
 
-SYNTHETIC = "synthetic"
 # Whose activations were held against real runs; for others they are an estimate.
 CHECKED_BASES = ("dense", "bitsandbytes")
 
