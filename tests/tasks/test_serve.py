@@ -23,24 +23,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_it_answers_and_ctrl_c_ends_it(start: Any) -> None:
+@pytest.mark.parametrize("words", [("engine=graph",), ("quant=gguf", "quant.type=Q8_0", "engine.threads=1")])
+def test_it_answers_and_ctrl_c_ends_it(start: Any, words: tuple[str, ...]) -> None:
     port = free_port()
-    words = ("mode=serve", f"serve.port={port}", "engine=graph", "engine.batch_size=2", "engine.max_new_tokens=8")
-    process: subprocess.Popen[str] = start("infer.py", *words)
+    shared = ("mode=serve", f"serve.port={port}", "engine.batch_size=2", "engine.max_new_tokens=8", "serve.api_key=abc")
+    process: subprocess.Popen[str] = start("infer.py", *shared, *words)
     try:
         said = process.stdout.readline()  # type: ignore[union-attr]
         assert f"http://127.0.0.1:{port}/v1" in said
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="abc", max_retries=0)
         for _ in range(100):
             try:
                 (model,) = client.models.list()
                 break
             except openai.APIConnectionError:
                 time.sleep(0.1)
+        assert model.id == "tiny"
         asked: Any = [{"role": "user", "content": "Who are you?"}]
         answer = client.chat.completions.create(model=model.id, messages=asked, temperature=0)
         assert answer.usage is not None
         assert 1 <= answer.usage.completion_tokens <= 8
+        stranger = openai.OpenAI(base_url=client.base_url, api_key="-", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(model=model.id, messages=asked)
     finally:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -57,7 +62,6 @@ def test_it_answers_and_ctrl_c_ends_it(start: Any) -> None:
         (["engine=graph", "engine.kernels=fast"], "choose auto, triton or torch"),
         (["engine=graph", "engine.kernels=triton"], "needs a GPU"),
         (["serve.host=home"], "serve.host=home is no address"),
-        (["quant=gguf"], "use another quant="),
         (["model.weights=random"], "random weights have nothing to say"),
         (["adapters={a: nowhere}"], "name the first one with adapter_path="),
     ],

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -25,8 +26,17 @@ _START_S = 300.0
 _STOP_S = 5.0
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where others reach a server, and the key that they must show; without one everybody who reaches it may ask."""
+
+    host: str
+    port: int
+    api_key: str | None
+
+
 class LocalServer:
-    """Serves a ``.gguf`` file on 127.0.0.1 while the context lasts, on a free port, with a key of its own.
+    """Serves a ``.gguf`` file while the context lasts: on a free port of 127.0.0.1 with a key of its own, or openly.
 
     The child ends with its parent, even a killed one: it watches the pipe between them.
 
@@ -37,9 +47,12 @@ class LocalServer:
         parallel: requests served at once.
         threads: CPU threads; None leaves the choice to llama.cpp.
         on_gpu: whether its layers go to a GPU; None leaves the choice to llama.cpp.
+        longest_reply: tokens of a reply whose request names no limit; None lets it fill the context.
+        temperature: of a request that names none; None leaves llama.cpp's.
+        address: None is a free port of 127.0.0.1 with a key that nobody else knows.
 
     Raises:
-        Refusal: on entering, when the file is missing or llama.cpp cannot load it.
+        Refusal: on entering, when the file is missing, llama.cpp cannot load it, or has no GPU where one is asked for.
     """
 
     def __init__(
@@ -51,9 +64,13 @@ class LocalServer:
         parallel: int = 1,
         threads: int | None = None,
         on_gpu: bool | None = None,
+        longest_reply: int | None = None,
+        temperature: float | None = None,
+        address: Address | None = None,
     ) -> None:
         self.gguf = Path(gguf)
-        self.api_key = secrets.token_urlsafe(24)
+        address = address or Address("127.0.0.1", 0, secrets.token_urlsafe(24))
+        self.api_key = address.api_key
         self.base_url = ""
         self.build: dict[str, Any] = {}
         self._settings = {
@@ -63,6 +80,10 @@ class LocalServer:
             "parallel": parallel,
             "threads": threads,
             "on_gpu": on_gpu,
+            "longest_reply": longest_reply,
+            "temperature": temperature,
+            "host": address.host,
+            "port": address.port,
         }
         self._child: subprocess.Popen[bytes] | None = None
         self._oom_kills = oom_kills()
@@ -88,6 +109,9 @@ class LocalServer:
         )
         try:
             self.build = self._start(self._child)
+            if self._settings["on_gpu"] and not self.build["gpus"]:
+                hint = "use gpu=cpu, or install an xllamacpp built for yours"
+                raise Refusal(f"this build of llama.cpp has no GPU: {hint}")
         except BaseException:
             self.stop()
             raise
@@ -173,15 +197,19 @@ def _serve() -> None:
         params = xllamacpp.CommonParams()
         params.model.path = settings["path"]
         params.model_alias = {settings["alias"]}
-        params.hostnames = ["127.0.0.1"]
-        params.port = 0
-        params.api_keys = [settings["api_key"]]
+        params.hostnames = [settings["host"]]
+        params.port = settings["port"]
+        params.api_keys = [settings["api_key"]] if settings["api_key"] else []
         params.n_parallel = settings["parallel"]
         params.n_ctx = settings["context"] * settings["parallel"]  # llama.cpp shares it out among the slots
         params.ui = False
         params.warmup = False
         params.verbosity = 0  # errors only
         params.cache_ram_mib = 0  # no prompts of earlier requests, which would count as memory of this one
+        if settings["longest_reply"] is not None:
+            params.n_predict = settings["longest_reply"]
+        if settings["temperature"] is not None:
+            params.sampling.temp = settings["temperature"]
         if settings["on_gpu"] is not None:
             params.n_gpu_layers = -1 if settings["on_gpu"] else 0
         if settings["threads"]:

@@ -92,9 +92,6 @@ class LlamaCppEngine:
         self.server = LocalServer(gguf, context=context, parallel=batch_size, threads=threads, on_gpu=on_gpu)
         self.server.__enter__()
         self._close = weakref.finalize(self, self.server.stop)
-        if on_gpu and not self.server.build["gpus"]:
-            self.close()
-            raise Refusal("this build of llama.cpp has no GPU: use gpu=cpu, or install an xllamacpp built for yours")
 
     @property
     def vocabulary(self) -> int:

@@ -1,4 +1,4 @@
-"""Inference, from a model and questions to answers and what each token cost; a chat in the terminal; an endpoint."""
+"""Inference, from a model and questions to answers and what each token cost; a chat in the terminal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import logs
 from llm_at_home.tasks.turns import QuestionTurns, RandomTurns, ask
-
-SERVED_CONTEXT = 4096  # where neither the user nor the model says less
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -99,38 +97,6 @@ def chat(config: dict[str, Any]) -> None:
     for name, path in config["adapters"].items():
         add_saved(engine.model, path, name)
     Chat(engine, seed=config["seed"]).run()
-
-
-def serve(config: dict[str, Any]) -> None:
-    """Serve the model in this process until Ctrl-C; ``/v1`` of the address is what OpenAI clients call their base URL.
-
-    Askers name the base, the adapter of ``adapter_path`` by its folder's name, or one of ``adapters`` by its key.
-    """
-    import uvicorn
-
-    from llm_at_home.adapters.attach import add_saved
-    from llm_at_home.generation.serving.api import Service, application
-    from llm_at_home.generation.serving.scheduler import Scheduler
-
-    logs.set_up(logging.NullHandler())
-    options, engine = config["serve"], load_engine(config)
-    models: dict[str, str | None] = {config["model"]["name"]: None}
-    if config["adapter_path"]:
-        models[Path(config["adapter_path"]).name] = engine.adapters[0]
-        if engine.model.active_peft_config.is_prompt_learning:
-            del models[config["model"]["name"]]  # a prompt is not switched off
-    for name, path in config["adapters"].items():
-        add_saved(engine.model, path, name)
-        models[name] = name
-    context = options["context"] or min(SERVED_CONTEXT, engine.model.config.max_position_embeddings)
-    with Scheduler(engine, context, options["queue"]) as scheduler:
-        chosen = {} if engine.temperature is None else {"temperature": engine.temperature}
-        service = Service(scheduler, models, options["api_key"], engine.max_new_tokens, **chosen)
-        print(f"{', '.join(models)} at http://{options['host']}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)
-        print(engine.describe().get("engine", "one answer at a time: engine=graph answers several"), flush=True)
-        uvicorn.run(
-            application(service), host=options["host"], port=options["port"], log_level="warning", access_log=False
-        )
 
 
 def load_engine(config: Mapping[str, Any]) -> Any:

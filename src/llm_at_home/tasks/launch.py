@@ -27,6 +27,7 @@ from llm_at_home.tasks.process import Child, Ending
 JOB = "job.json"
 CONFIG = "config.yaml"
 REFUSAL = "refusal.txt"
+IN_THIS_PROCESS = {"chat": "infer", "serve": "serve"}  # modes of infer.py that need the terminal, and their modules
 MAKING = "making"  # below a job's folder: the run that makes the checkpoint that the job lacks
 EXIT_FAILED, EXIT_REFUSED = 1, 2
 LOG_LINES = 20  # of a failed job's log in its record
@@ -78,8 +79,8 @@ def job(task: str, composed: DictConfig) -> float | None:
     try:
         config = resolve.resolve(task, composed, hydra.overrides.task)
         resolve.check(task, config)
-        if task == "infer" and config["mode"] in ("chat", "serve"):
-            getattr(resolve.task_module(task), config["mode"])(config)
+        if task == "infer" and config["mode"] in IN_THIS_PROCESS:
+            getattr(resolve.task_module(IN_THIS_PROCESS[config["mode"]]), config["mode"])(config)
             outcome.status = "ok"
         elif config.get("judge", {}).get("dry_run"):
             judging.dry_run(config)

@@ -52,8 +52,6 @@ def _check_kernels(config: Mapping[str, Any]) -> None:
 
 def _check_serve(config: Mapping[str, Any]) -> None:
     serve = config["serve"]
-    if config["engine"]["name"] == "llamacpp":
-        raise Refusal("mode=serve serves transformers' models: use another quant=, with engine=graph or engine=eager")
     try:
         is_loopback = ipaddress.ip_address(serve["host"]).is_loopback
     except ValueError:
