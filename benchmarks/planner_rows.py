@@ -34,7 +34,8 @@ TRAIN += [
     "callbacks.checkpoints.every_n_steps=1000",
     "callbacks.throughput.warmup_steps=1",
 ]
-INFER = ["model.weights=random", "questions=synthetic", "logger=none", "engine.warmup_tokens=8", "engine.temperature=0"]
+INFER = ["model.weights=random", "questions=synthetic", "logger=none", "engine=eager", "engine.warmup_tokens=8"]
+INFER += ["engine.temperature=0"]
 BASES = {
     "none": ["quant=none", "dtype=bfloat16"],
     "nested": ["quant=nf4_nested", "dtype=bfloat16"],

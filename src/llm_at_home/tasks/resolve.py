@@ -16,6 +16,7 @@ from llm_at_home.data.questions import questions_hash
 from llm_at_home.data.sources import SYNTHETIC, data_hash
 from llm_at_home.errors import Refusal
 from llm_at_home.evaluation import context
+from llm_at_home.generation import automatic
 from llm_at_home.hardware.device import resolve_device, resolve_dtype
 from llm_at_home.models import source
 from llm_at_home.pruning import base as pruning
@@ -64,6 +65,8 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     if config.get("mode") != "serve":
         config.pop("serve", None)  # its key is nothing for a record
     config["gpu"] = resolve_device(config["gpu"])
+    if config.get("engine", {}).get("name") == "auto":
+        config["engine"] = automatic.engine_for(config["gpu"]["device"], config["engine"])
     if "dtype" in config:
         config["dtype"] = _dtype(config)
     if "model" in config:
