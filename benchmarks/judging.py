@@ -4,9 +4,10 @@
     python benchmarks/judging.py --table results/two_core_cpu/mt_bench
 
 Two questions of each category, both turns, in batches. ``OUT/answers/NAME`` holds each run's record and answers, a
-second seed of the unquantized model among them; ``OUT/single/NAME`` its scores; ``OUT/pairwise/NAME`` its comparisons
-with the unquantized model, on the first question of each category; ``OUT/check`` the planted pairs. Judgments are kept
-without the prompts, which follow from questions, answers and templates. What is there is not run again.
+second seed of the unquantized model among them, and with ``--adapter RUN_FOLDER`` a fine-tuned one; ``OUT/single/NAME``
+its scores; ``OUT/pairwise/NAME`` its comparisons with the unquantized model, on the first question of each category;
+``OUT/check`` the planted pairs. Judgments are kept without the prompts, which follow from questions, answers and
+templates. What is there is not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from llm_at_home.records.schema import Reading
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 FIRST = [81 + 10 * place for place in range(len(CATEGORIES))]
 IDS = FIRST + [number + 1 for number in FIRST]
-BASE, SEED = "none", "none_seed_1"
+BASE, SEED, TUNED = "none", "none_seed_1", "fine_tuned"
 MODELS = {
     BASE: ["quant=none"],
     SEED: ["quant=none", "seed=1"],
@@ -35,6 +36,7 @@ MODELS = {
     "int8": ["quant=int8"],
     "awq": ["quant=awq"],
     "gptq": ["quant=gptq"],
+    TUNED: ["quant=none"],  # and the adapter of --adapter
 }
 ROWS = ("answers", "single", "check", "pairwise")
 SHARED = "other work shared the machine: the speeds are not its own"
@@ -59,7 +61,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="measure what is not there yet")
     parser.add_argument("--table", type=Path, help="print the tables of such a folder")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after so many")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name != TUNED])
+    parser.add_argument("--adapter", help=f"run folder of train.py, for the row {TUNED}")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which of them to measure")
     parser.add_argument("--tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--shared", action="store_true", help="say in the records that other work shared the machine")
@@ -72,6 +75,10 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("give --out or --table")
+    if args.adapter and TUNED not in args.models:
+        args.models.append(TUNED)
+    if TUNED in args.models and not args.adapter:
+        parser.error(f"{TUNED} wants --adapter RUN_FOLDER")
     return measure(args)
 
 
@@ -83,8 +90,9 @@ def steps(args: argparse.Namespace) -> list[tuple[str, list[str], str]]:
     base = f"{out}/answers/{BASE}"
     rows = []
     for name in args.models:
+        adapter = [f"adapter_path={args.adapter}"] if name == TUNED else []
         length = [f"engine.max_new_tokens={args.tokens}", f"engine.batch_size={args.batch}", "engine.warmup_tokens=4"]
-        rows.append((f"answers/{name}", ["infer.py", *asked, *length, *MODELS[name]], "answers.jsonl"))
+        rows.append((f"answers/{name}", ["infer.py", *asked, *length, *MODELS[name], *adapter], "answers.jsonl"))
         rows.append((f"single/{name}", ["evaluate.py", f"answers={out}/answers/{name}"], "judgments.jsonl"))
     check = ["evaluate.py", "task=judge_check", "questions=home_bench", f"limit={args.planted}"]
     rows.append(("check", check, "judgments.jsonl"))
