@@ -217,6 +217,13 @@ def test_every_sample_is_judged(server, config, questions, answers, baseline, tm
     ]
 
 
+def test_a_sample_without_a_counterpart_is_counted(server, config, questions, answers, baseline, tmp_path) -> None:
+    answers[0]["choices"].append({"index": 1, "turns": ["second 1", "second 2"]})
+    server.default = lambda body: server.say("[[C]]")
+    _, counts, _ = judge_run(config | {"mode": "pairwise"}, questions, answers, baseline, tmp_path)
+    assert (counts["judgments"], counts["answers_missing"]) == (6, 2)
+
+
 def test_all_pairs_give_each_model_its_win_rate(server, config, questions, answers, baseline, tmp_path) -> None:
     third = [{**row, "model_id": "ours"} for row in answers]  # the same name: two seeds of it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from llm_at_home.evaluation.judge.asking import PAIRWISE, Judge
@@ -78,7 +79,8 @@ def pair_items(
     """The comparisons that two sets of answers call for, and how many turns lack an answer on either side.
 
     Arguments as for :func:`~llm_at_home.evaluation.judge.single.single_items`; ``model_1`` is the model of
-    ``answers``, ``model_2`` the baseline's. A sample is compared with the other side's of the same number.
+    ``answers``, ``model_2`` the baseline's. A sample is compared with the other side's of the same number; one without
+    a counterpart counts as a lack.
     """
     ours, theirs = answer_samples(answers), answer_samples(baseline_answers)
     items: list[PairItem] = []
@@ -87,7 +89,7 @@ def pair_items(
         model_1, samples_1 = ours.get(question.question_id, ("", [[]]))
         model_2, samples_2 = theirs.get(question.question_id, ("", [[]]))
         for turn in turns_of(question):
-            for sample, (one, two) in enumerate(zip(samples_1, samples_2, strict=False)):
+            for sample, (one, two) in enumerate(zip_longest(samples_1, samples_2, fillvalue=[])):
                 if min(len(one), len(two)) < turn:
                     unanswered += 1
                     continue
