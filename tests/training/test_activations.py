@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models.chat import IGNORED
@@ -22,9 +22,22 @@ LORA = functools.partial(peft.LoraConfig, task_type="CAUSAL_LM", r=4, target_mod
 PROMPT = functools.partial(peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=3)
 
 
-def load(tiny_model, adapter=None):
+SHAPE = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def load(folder=None, adapter=None):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    if folder is None:  # needs no file, on a machine with a GPU alone
+        model = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32).train()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if adapter is None:
         return model
     model = peft.get_peft_model(model, adapter())
@@ -101,11 +114,11 @@ def test_an_architecture_that_caps_its_logits_is_refused(tiny_model):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernel runs on GPUs alone")
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_liger_s_loss_and_gradients_are_torch_s(tiny_model, adapter):
+def test_liger_s_loss_and_gradients_are_torch_s(adapter):
     pytest.importorskip("liger_kernel")
     found = {}
     for name in ("torch", "liger"):
-        model = load(tiny_model, adapter).cuda()
+        model = load(None, adapter).cuda()
         module = CausalLMModule(model, None, chunked_loss=ChunkedLoss(model, None) if name == "liger" else None)
         loss = module.training_step({key: value.cuda() for key, value in batch().items()}, 0)
         loss.backward()
