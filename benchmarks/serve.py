@@ -2,11 +2,15 @@
 
     python benchmarks/serve.py --out results/h100/serve --streams 32 -- engine=graph engine.batch_size=32 quant=gptq
     python benchmarks/serve.py --out FOLDER --streams 4 --tokens 16 -- engine=graph engine.batch_size=4
+    python benchmarks/serve.py --out FOLDER --streams 32 -- quant=gguf quant.type=Q8_0 engine.batch_size=8
+    python benchmarks/serve.py --shape FOLDER   # then: -- model=custom model.source=FOLDER model.weights=random ...
     python benchmarks/serve.py --table FOLDER
 
 Starts ``infer.py mode=serve`` with the words after ``--``, asks it through the ``openai`` client, every stream a
 question of its own, twice (the first pass warms it up), and ends it. A stream that leaves after its first token is
 among them, and the endpoint must be idle afterwards. Times are the client's, each piece of text a token or a few.
+``--shape`` writes a folder with Llama-2-7B's configuration and the embedded model's tokenizer, which with random
+weights serves noise at a 7B's speed.
 """
 
 from __future__ import annotations
@@ -66,10 +70,30 @@ def leave(address: str, model: str) -> None:
     stream.close()
 
 
-def health(address: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
-        found: dict[str, Any] = json.loads(answer.read())
-        return found
+def look(address: str, path: str) -> Any:
+    with urllib.request.urlopen(address + path, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def at_work(address: str) -> int:
+    """Requests that are being answered or wait, by our own endpoint's word or by llama.cpp's slots."""
+    health = look(address, "/health")
+    if "running" in health:
+        return int(health["running"] + health["waiting"])
+    return sum(slot["is_processing"] for slot in look(address, "/slots"))
+
+
+def write_shape(folder: Path) -> None:
+    """Llama-2-7B's configuration with the embedded model's vocabulary, and that model's tokenizer."""
+    import yaml
+    from transformers import AutoConfig, AutoTokenizer
+
+    from llm_at_home.models.embedded import ensure_converted
+
+    tokenizer = AutoTokenizer.from_pretrained(ensure_converted())
+    shape = yaml.safe_load((common.ROOT / "conf/model/llama2_7b.yaml").read_text())["architecture"]
+    AutoConfig.for_model(**(shape | {"vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,15 +105,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     try:
         while True:
             try:
-                health(address)
+                look(address, "/health")
                 break
             except OSError:
                 if child.poll() is not None:
                     sys.exit(f"the endpoint ended with exit code {child.returncode}")
                 time.sleep(0.2)
         ready = time.perf_counter() - begun
-        with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as answer:
-            model = json.loads(answer.read())["data"][-1]["id"]
+        model = look(address, "/v1/models")["data"][-1]["id"]
         with ThreadPoolExecutor(args.streams + 1) as pool:
             for _ in range(2):
                 start = time.perf_counter()
@@ -98,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 seconds = time.perf_counter() - start
                 left.result()
         end = time.monotonic() + 30
-        while (idle := health(address))["running"] + idle["waiting"] and time.monotonic() < end:
+        while (left_running := at_work(address)) and time.monotonic() < end:
             time.sleep(0.1)
     finally:
         child.send_signal(signal.SIGINT)
@@ -118,7 +141,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds,
         "time_to_first_token": {f"p{p}": percentile(firsts, p / 100) for p in (50, 99)},
         "between_pieces": {f"p{p}": percentile(between, p / 100) for p in (50, 99)},
-        "left_running": idle["running"] + idle["waiting"],
+        "left_running": left_running,
         "exit_code": child.returncode,
     }
 
@@ -148,6 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="measure, and write NAME.json into this folder")
+    what.add_argument("--shape", type=Path, metavar="FOLDER", help="write Llama-2-7B's shape with a tokenizer")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of such a folder")
     parser.add_argument("--name", default="serve", help="of the file (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=32)
@@ -157,6 +181,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
+        return 0
+    if args.shape:
+        write_shape(args.shape)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.name}.json").write_text(json.dumps(measure(args), indent=1) + "\n")

@@ -62,7 +62,7 @@ def test_it_answers_and_ctrl_c_ends_it(start: Any, words: tuple[str, ...]) -> No
         (["engine=graph", "engine.kernels=fast"], "choose auto, triton or torch"),
         (["engine=graph", "engine.kernels=triton"], "needs a GPU"),
         (["serve.host=home"], "serve.host=home is no address"),
-        (["model.weights=random"], "random weights have nothing to say"),
+        (["model=llama2_7b", "model.weights=random"], "has no tokenizer to be served with: give model.source=FOLDER"),
         (["adapters={a: nowhere}"], "name the first one with adapter_path="),
     ],
 )

@@ -33,8 +33,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
     if config["engine"].get("batch_size", 1) < 1:
         raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
-    if config["mode"] != "bench" and config["model"]["weights"] == "random":
-        raise Refusal(f"random weights have nothing to say: mode={config['mode']} needs model.weights=pretrained")
+    if config["mode"] == "chat" and config["model"]["weights"] == "random":
+        raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
     _check_kernels(config)
     if config["mode"] == "serve":
         _check_serve(config)
@@ -51,7 +51,10 @@ def _check_kernels(config: Mapping[str, Any]) -> None:
 
 
 def _check_serve(config: Mapping[str, Any]) -> None:
-    serve = config["serve"]
+    serve, model = config["serve"], config["model"]
+    if model["weights"] == "random" and model["architecture"]:
+        hint = "give model.source=FOLDER with a config.json and a tokenizer, or model.weights=pretrained"
+        raise Refusal(f"{model['name']} with random weights has no tokenizer to be served with: {hint}")
     try:
         is_loopback = ipaddress.ip_address(serve["host"]).is_loopback
     except ValueError:
