@@ -10,8 +10,7 @@ from llm_at_home.reporting.claims.verdict import Case, Finding
 from llm_at_home.reporting.load import Run
 
 
-# What a run's folder is called below the row that it belongs to.
-_STEPS = ("fidelity", "infer", "train", "text")
+_ROOTS = ("results", "multirun")
 
 
 def asked(finding: Finding) -> str:
@@ -34,9 +33,10 @@ def effect(case: Case) -> str:
 
 
 def name(run: Run) -> str:
-    """A run by the last parts of its folder."""
+    """A run by its folder below ``results`` or ``multirun``, or by the last parts of another."""
     parts = PurePath(run.path).parent.parts
-    return facts.clean("/".join(parts[-4:] if parts[-1] in _STEPS else parts[-3:]))
+    known = [number for number, part in enumerate(parts) if part in _ROOTS]
+    return facts.clean("/".join(parts[known[-1] + 1 :] if known else parts[-3:]))
 
 
 def where(finding: Finding) -> str:
