@@ -130,7 +130,9 @@ def preprocessed(row):
     memory = ("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th")
     found |= {key: trained[key] for key in (*memory, "train_time", "file_size")}
     found |= {key: metrics[key] for key in ("test accuracy", "train loss", "train samples", "train total tokens")}
-    found |= {name: packages[f"{name}-version"] for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")}
+    found |= {
+        name: packages[f"{name}-version"] for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")
+    }
     return found | {"system": meta["system_info"], "model_id": run["train_config"]["model_id"]}
 
 
@@ -185,7 +187,9 @@ def test_what_a_format_has_no_place_for_is_refused(capsys, words, hint):
 def test_types_are_those_of_peft():
     import peft
 
-    named = {yaml.safe_load(path.read_text()).get("_target_", "") for path in (RESULTS.parent / "conf/adapter").glob("*")}
+    named = {
+        yaml.safe_load(path.read_text()).get("_target_", "") for path in (RESULTS.parent / "conf/adapter").glob("*")
+    }
     assert {name.removeprefix("peft.") for name in named if name.startswith("peft.")} == TYPES.keys()
     needed = {"AdaLoraConfig": {"total_step": 1}}
     for name, kind in TYPES.items():

@@ -30,9 +30,16 @@ SPEED = {
 }
 
 
-def run(quant, value, spread=None, *, name="decode_tokens_per_second", unit="tokens/s", card="GPU-1", status="ok", **more):
+def run(
+    quant, value, spread=None, *, name="decode_tokens_per_second", unit="tokens/s", card="GPU-1", status="ok", **more
+):
     interval = (value - spread, value + spread) if spread is not None else None
-    config = {"model": {"name": "m"}, "quant": {"name": quant}, "gpu": {"device": "cuda", "card": "H100"}, "dtype": "float32"}
+    config = {
+        "model": {"name": "m"},
+        "quant": {"name": quant},
+        "gpu": {"device": "cuda", "card": "H100"},
+        "dtype": "float32",
+    }
     record = Record(
         "infer",
         status,
@@ -131,7 +138,11 @@ def judged(model_run, value, accuracy=None):
 )
 def test_a_judge_decides_only_when_it_tells_planted_pairs_apart(tmp_path, accuracy, verdict, why):
     claimed = {"figure": "judge_score_mean", "effect": "difference", "above": 0}
-    claimed |= {"records": {"evaluation": "judge"}, "a": {"subject.quant.name": "nf4"}, "b": {"subject.quant.name": "none"}}
+    claimed |= {
+        "records": {"evaluation": "judge"},
+        "a": {"subject.quant.name": "nf4"},
+        "b": {"subject.quant.name": "none"},
+    }
     runs = [judged("nf4", 3), judged("none", 5)]
     if accuracy:
         runs.append(judged("x", 0, Reading(accuracy[0], "1", "planted_pairs", accuracy[1:], n=27)))

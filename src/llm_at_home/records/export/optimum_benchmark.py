@@ -87,9 +87,7 @@ def _why(reading: Reading | None, name: str) -> str:
     return f"the record holds no {name}" if reading is None else str(reading.reason)
 
 
-def _latency(
-    record: Record, name: str, target: str, missing: list[str], single: bool = False
-) -> dict[str, Any] | None:
+def _latency(record: Record, name: str, target: str, missing: list[str], single: bool = False) -> dict[str, Any] | None:
     """Of a single observation, whose every percentile it is; of more the record has no list."""
     reading = record.readings.get(name)
     if reading is None or reading.value is None:

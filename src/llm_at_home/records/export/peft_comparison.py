@@ -134,7 +134,9 @@ def _peft_config(record: Record) -> dict[str, Any] | None:
 def _peft_type(target: str) -> str:
     name = target.removeprefix("peft.")
     if name not in TYPES:
-        raise Refusal(f"{target} is none of the methods of PEFT's that are known here: give a run of {', '.join(TYPES)}")
+        raise Refusal(
+            f"{target} is none of the methods of PEFT's that are known here: give a run of {', '.join(TYPES)}"
+        )
     return TYPES[name]
 
 

@@ -26,7 +26,12 @@ def render(folders: list[str], root: Path, page: Path) -> str:
     for verdict in (SUPPORTED, REFUTED, UNDECIDED):
         rows = [_row(finding, page.resolve().parent) for finding in found if finding.verdict == verdict]
         if rows:
-            parts += [f"\n## {verdict.capitalize()}\n", f"\n| {' | '.join(HEADS)} |\n", "| --- " * len(HEADS) + "|\n", *rows]
+            parts += [
+                f"\n## {verdict.capitalize()}\n",
+                f"\n| {' | '.join(HEADS)} |\n",
+                "| --- " * len(HEADS) + "|\n",
+                *rows,
+            ]
     return "".join(parts)
 
 
