@@ -1,4 +1,4 @@
-"""The Modelfile, read by the grammar of Ollama's documentation, and its template run as Go's template language runs it."""
+"""The Modelfile, read by the grammar of Ollama's documentation, and its template run by the rules of Go's language."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parse(text):
 
 
 def go(template, data):
-    """The part of Go's text/template that is used: fields, range, and the dash that trims blanks before it or after it."""
+    """The part of Go's text/template that is used: fields, range, and the dash that trims blanks beside it."""
     pieces = re.split(r"(\{\{-? .*? -?\}\})", template, flags=re.DOTALL)
     for i, piece in enumerate(pieces):
         if piece.startswith("{{- "):

@@ -1,6 +1,6 @@
-"""``python -m llm_at_home.records show FOLDER`` prints what a run left; ``diff A B`` what differs between two; ``export``.
+"""``python -m llm_at_home.records show FOLDER`` prints what a run left; ``diff A B`` what differs between two.
 
-``export FOLDER --format optimum-benchmark|peft`` prints a record as other projects' JSON.
+``export FOLDER --format optimum-benchmark|peft`` prints a record as another project's JSON.
 """
 
 from __future__ import annotations

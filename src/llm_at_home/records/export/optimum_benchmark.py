@@ -1,9 +1,9 @@
 """optimum-benchmark's ``benchmark_report.json``.
 
 Targets are those of ``optimum_benchmark/scenarios/inference/scenario.py`` (text generation) and of
-``scenarios/training/scenario.py``; a target's measurements those of ``optimum_benchmark/benchmark/report.py``; the keys of
-each, and that all of a latency's and of an energy's are required, are from ``optimum_benchmark/trackers/latency.py``,
-``memory.py`` and ``energy.py`` (huggingface/optimum-benchmark).
+``scenarios/training/scenario.py``; a target's measurements those of ``optimum_benchmark/benchmark/report.py``; the keys
+of each, and that all of a latency's and of an energy's are required, are from
+``optimum_benchmark/trackers/latency.py``, ``memory.py`` and ``energy.py`` (huggingface/optimum-benchmark).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Effects with their 95 % intervals: of one figure, and of two figures whose own intervals the records hold.
 
 Where no paired comparison exists the interval of a difference or a ratio is recovered from the two of the figures
-(MOVER: Zou and Donner 2008, "Construction of confidence limits about effect measures", Statistics in Medicine 27; ratios
-on the logarithmic scale). It assumes that the two estimates are independent; for runs on the same questions it is too
-wide rather than too narrow.
+(MOVER: Zou and Donner 2008, "Construction of confidence limits about effect measures", Statistics in Medicine 27;
+ratios on the logarithmic scale). It assumes that the two estimates are independent; for runs on the same questions it
+is too wide rather than too narrow.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
 def ratio(a: Estimate, b: Estimate) -> Estimate | str:
     """a / b, of two independent estimates of what cannot be negative.
 
-    An interval that reaches zero (two passes give such) leaves the ratio without a lower or an upper end: 0 or infinity.
+    An interval that reaches zero (two passes give such) leaves the ratio without a lower or an upper end: the end is
+    then 0 or infinity.
     """
     if a.value <= 0 or b.value <= 0:
         return "a ratio needs two figures above zero"

@@ -9,7 +9,6 @@ from llm_at_home.reporting import facts
 from llm_at_home.reporting.claims.verdict import Case, Finding
 from llm_at_home.reporting.load import Run
 
-
 _ROOTS = ("results", "multirun")
 
 
