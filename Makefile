@@ -50,8 +50,8 @@ format: setup ## let ruff mend style and imports
 report: setup ## tables and figures from all records: reports/index.html
 	$(PY) -m llm_at_home.reporting
 
-readme: setup ## write the tables of README.md and docs/quantization.md from the records in results/
-	$(PY) -m llm_at_home.reporting.readme README.md docs/quantization.md
+readme: setup ## write the tables of README.md, docs/quantization.md and docs/claims.md from the records in results/
+	$(PY) -m llm_at_home.reporting.readme README.md docs/quantization.md docs/claims.md
 
 ui: setup ## MLflow on http://127.0.0.1:5000
 	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

@@ -43,6 +43,7 @@ def test_the_merged_model_is_the_adapter_on_its_base(command, saved, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     assert (out / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert (out / "Modelfile").read_text().splitlines()[1] == "FROM ./model.gguf"
     assert (out / "tokenizer.json").is_file()
     again = command(MODULE, *words)
     assert again.returncode == 2

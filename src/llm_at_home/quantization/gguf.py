@@ -13,7 +13,7 @@ from typing import Any
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_config, load_tokenizer, load_weights
-from llm_at_home.quantization import gguf_write
+from llm_at_home.quantization import gguf_write, modelfile
 from llm_at_home.quantization.gguf_file import GGUFFile
 from llm_at_home.records.cached import cached, is_made
 from llm_at_home.records.hashing import package_versions
@@ -140,7 +140,8 @@ def ensure(config: Mapping[str, Any]) -> Path:
 def _make(config: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
     start = time.perf_counter()
     kind, name = config["quant"]["type"], config["model"]["name"]
-    stored = str(load_config(config["model"]).dtype or "float32").removeprefix("torch.")
+    shape = load_config(config["model"])
+    stored = str(shape.dtype or "float32").removeprefix("torch.")
     model = load_weights(config["model"], stored, "cpu")
     if kind in WRITTEN:
         gguf_write.write(folder / FILE, model, tokenizer, kind, name)
@@ -150,6 +151,7 @@ def _make(config: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
         del model
         gguf_write.quantize_file(dense, folder / FILE, kind)
         dense.unlink()
+    modelfile.write(folder / FILE, tokenizer, shape.max_position_embeddings)
     made = {"seconds": time.perf_counter() - start, "packages": package_versions(("gguf", "llama-cpp-python"))}
     (folder / MADE).write_text(json.dumps(made))
 

@@ -1,12 +1,18 @@
-"""``python -m llm_at_home.records show FOLDER`` prints what a run left; ``diff A B`` what differs between two."""
+"""``python -m llm_at_home.records show FOLDER`` prints what a run left; ``diff A B`` what differs between two.
+
+``export FOLDER --format optimum-benchmark|peft`` prints a record as another project's JSON.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from llm_at_home.errors import Refusal
 from llm_at_home.records import store
+from llm_at_home.records.export import FORMATS, export
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import flatten
 
@@ -20,16 +26,37 @@ def main(argv: list[str] | None = None) -> int:
     differ = commands.add_parser("diff", help="print what differs between two runs")
     differ.add_argument("a")
     differ.add_argument("b")
+    other = commands.add_parser("export", help="a record as optimum-benchmark's or PEFT's JSON")
+    other.add_argument("folder")
+    other.add_argument("--format", required=True, choices=FORMATS)
+    other.add_argument("--evaluation", help="for peft: the folder of task=text on what the run trained")
+    other.add_argument("--out", help="a file to write in place of printing; it must not exist")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "show":
             print(describe(store.load(arguments.folder)))
+        elif arguments.command == "export":
+            _export(arguments)
         else:
             print(difference(store.load(arguments.a), store.load(arguments.b)))
     except Refusal as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    evaluation = store.load(arguments.evaluation) if arguments.evaluation else None
+    exported, missing = export(store.load(arguments.folder), arguments.format, evaluation)
+    for line in missing:
+        print(f"null: {line}", file=sys.stderr)
+    if arguments.out is None:
+        print(json.dumps(exported, indent=2))
+        return
+    out = Path(arguments.out)
+    if out.exists():
+        raise Refusal(f"{out} exists: give another --out")
+    store.write_json(out, exported)
 
 
 def describe(record: Record) -> str:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from llm_at_home.reporting import answers
 from llm_at_home.reporting.cells import Column, Table
+from llm_at_home.reporting.claims import section as claims
 from llm_at_home.reporting.facts import clean
 from llm_at_home.reporting.figures import charts
 from llm_at_home.reporting.load import Loaded
@@ -48,6 +49,7 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
         answers=answers.PAGE if answers.write(loaded, out, environment) else None,
         rank_maps={table.key: rank_maps(table) for table in tables},
         overview=overview,
+        claims=claims.draw(loaded, environment, href),
         left_out=loaded.left_out,
         href=href,
         groups=_groups,

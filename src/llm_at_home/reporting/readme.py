@@ -1,7 +1,8 @@
 """Writes the tables of README and docs from committed records: ``python -m llm_at_home.reporting.readme README.md``.
 
 A table stands between ``<!-- table: KEY FOLDER COLUMN ... -->`` and ``<!-- end -->``; what is between is replaced.
-``COLUMN:interval`` shows each value with its 95 % interval. FOLDER is relative to the project's root.
+``COLUMN:interval`` shows each value with its 95 % interval. FOLDER is relative to the project's root. The ledger of
+claims stands between ``<!-- claims: FOLDER ... -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -14,18 +15,30 @@ from pathlib import Path
 from llm_at_home.errors import Refusal
 from llm_at_home.reporting import load, tables
 from llm_at_home.reporting.cells import EN_DASH, Cell, Column, Table
+from llm_at_home.reporting.claims import page as claims
 
 INTERVAL = ":interval"
-BLOCK = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>table|claims): (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(text: str, root: Path) -> str:
+def render(text: str, root: Path, page: str = "README.md") -> str:
     """The text with every table made anew from the records that it names, below ``root``.
 
+    Args:
+        text: of the page.
+        root: the project's folder.
+        page: where the text stands, relative to ``root``; links in it are relative to that.
+
     Raises:
-        Refusal: for a table or column that does not exist.
+        Refusal: for a table or column that does not exist, or a malformed claim.
     """
-    return BLOCK.sub(lambda match: match[1] + _block(match["words"].split(), root) + match[3], text)
+
+    def made(match: re.Match[str]) -> str:
+        words = match["words"].split()
+        text = claims.render(words, root, root / page) if match["kind"] == "claims" else _block(words, root)
+        return match[1] + text + match[4]
+
+    return BLOCK.sub(made, text)
 
 
 def _block(words: list[str], root: Path) -> str:
@@ -72,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in (argv if argv is not None else sys.argv[1:]) or ["README.md"]:
         path = Path(name)
         try:
-            path.write_text(render(path.read_text(encoding="utf-8"), _root(path)), encoding="utf-8")
+            root = _root(path)
+            where = path.resolve().relative_to(root).as_posix()
+            path.write_text(render(path.read_text(encoding="utf-8"), root, where), encoding="utf-8")
         except Refusal as refusal:
             print(f"refused: {refusal}", file=sys.stderr)
             return 2

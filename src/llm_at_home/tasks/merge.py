@@ -63,9 +63,11 @@ def _write(config: Mapping[str, Any], model: Any, tokenizer: Any) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if config["gguf"]:
-            from llm_at_home.quantization import gguf_write
+            from llm_at_home.quantization import gguf_write, modelfile
 
-            gguf_write.write(temporary / "model.gguf", model, tokenizer, config["gguf"], out.name)
+            file = temporary / "model.gguf"
+            gguf_write.write(file, model, tokenizer, config["gguf"], out.name)
+            modelfile.write(file, tokenizer, model.config.max_position_embeddings)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -91,8 +91,10 @@ class Difference:
         return self.interval95[0] > 0 or self.interval95[1] < 0
 
 
-def compare(a: Run, b: Run) -> list[Difference]:
+def compare(a: Run, b: Run, only: str | None = None) -> list[Difference]:
     """Every figure of run ``a`` less that of run ``b``, with a paired bootstrap over the passages of both.
+
+    ``only`` names the one that is wanted, as in the record, and spares the draws of the others.
 
     Two runs of the same quantization under two ``fidelity.answers_seed`` are a control: only figures on the baseline's
     own answers are compared then, question by question, and what they differ by is the noise of the draw.
@@ -107,6 +109,8 @@ def compare(a: Run, b: Run) -> list[Difference]:
         if len(both[0]) != len(both[1]) or len(both[0]) < 2:
             raise Refusal(f"{a.folder} and {b.folder} do not hold two or more texts of {name} each: run them again")
         for figure, (unit, statistic) in FIGURES.items():
+            if only not in (None, figure + SUFFIXES[name]):
+                continue
             difference = _difference(figure + SUFFIXES[name], unit, statistic, *both)
             if difference is not None:
                 found.append(difference)
