@@ -1,0 +1,245 @@
+"""Ours beside the published figures, row by row: what was measured, and apart from it what was scaled to the paper's size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_at_home.errors import Refusal
+from llm_at_home.human.means import NOBODY, UNIT, grade_name
+from llm_at_home.records import store
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.reporting import published
+from llm_at_home.tasks.paper.options import Options
+from llm_at_home.tasks.paper.progress import Progress
+from llm_at_home.tasks.paper.rows import ANSWERS, FINETUNING, INFERENCE, PAIRWISE, SINGLE, Run
+
+JSON, TEXT = "paper.json", "paper.md"
+DASH = "–"
+MEMORY = ("process_memory_peak", "resident_set_peak")
+HOURS = 3600
+# Figures of each kind of run that was measured; the first of several that is known.
+MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
+    INFERENCE: {
+        "memory": MEMORY,
+        "tokens_per_second": ("decode_tokens_per_second",),
+        "energy_per_token": ("energy_per_token",),
+    },
+    FINETUNING: {
+        "memory": MEMORY,
+        "steps_per_second": ("steps_per_second",),
+        "energy_per_step": ("energy_per_step",),
+        "energy_gross": ("energy_gross",),
+    },
+    SINGLE: {"judge_score_mean": ("judge_score_mean",)},
+    PAIRWISE: {"win_rate": ("win_rate",)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run beside what the paper published of it.
+
+    Attributes:
+        measured: of the run's record.
+        extrapolated: the same rates at the paper's number of tokens or steps; each method says from how many.
+        published: as printed, or nothing.
+        grades: of people: ``ours``, which are unknown until somebody has given some, and ``published``.
+    """
+
+    run: Run
+    status: str
+    why: str
+    measured: dict[str, Reading]
+    extrapolated: dict[str, Reading]
+    published: Mapping[str, Any] | None
+    grades: dict[str, Any] | None = None
+
+    def values(self) -> dict[str, Any]:
+        """The row as JSON types."""
+        plain = {key: dataclasses.asdict(reading) for key, reading in self.measured.items()}
+        scaled = {key: dataclasses.asdict(reading) for key, reading in self.extrapolated.items()}
+        return {
+            **{"run": self.run.name, "row": self.run.row, "kind": self.run.kind, "folder": str(self.run.folder)},
+            **{"status": self.status, "why": self.why or None, "measured": plain, "extrapolated": scaled},
+            **{"published": self.published, "human_grades": self.grades},
+        }
+
+
+def write(progress: Progress, folder: Path, options: Options) -> str:
+    """Write ``paper.json`` and ``paper.md`` into the folder of the runs, and give the text."""
+    found = list(_rows(progress, options))
+    store.write_json(folder / JSON, {"rows": [row.values() for row in found]})
+    text = as_markdown(found)
+    (folder / TEXT).write_text(text, encoding="utf-8")
+    return f"{text}\nkept in {folder}: {TEXT}, {JSON}"
+
+
+def _rows(progress: Progress, options: Options) -> Iterator[Row]:
+    study = _study(Path(options.study))
+    for run in progress.planned:
+        status = progress.ended.get(run.name, "not run yet")
+        record = progress.record(run.name)
+        if status not in ("left out", "refused", "not run yet") and record is not None:
+            status = record.status
+        else:
+            record = None
+        yield row(run, status, progress.why.get(run.name, ""), record, options.steps, study)
+
+
+def row(run: Run, status: str, why: str, record: Record | None, steps: int, study: Record | None) -> Row:
+    """A run's row.
+
+    Args:
+        run: which.
+        status: how it ended.
+        why: it did not run, or failed.
+        record: of the run, or None.
+        steps: optimizer steps of the paper's fine-tuning.
+        study: of a human study that was counted, or None.
+    """
+    measured: dict[str, Reading] = {}
+    extrapolated: dict[str, Reading] = {}
+    said = None
+    if record is not None:
+        measured = {name: _first(record, keys) for name, keys in MEASURED.get(run.kind, {}).items()}
+        if run.kind == INFERENCE:
+            said = published.counterpart(record)
+            scaled = {"energy": published.scaled_energy(record), "time": published.scaled_time(record)}
+            extrapolated = {key: reading for key, reading in scaled.items() if reading is not None}
+        if run.kind == FINETUNING:
+            peft = record.config["adapter"].get("implementation", "peft") == "peft" or run.row != "lokr_peft"
+            said = published.finetuning_counterpart(record) if peft else None
+            extrapolated = scaled_training(record, steps)
+    grades = _grades(record, study) if run.kind in (INFERENCE, ANSWERS) and record is not None else None
+    return Row(run, status, why, measured, extrapolated, said, grades)
+
+
+def scaled_training(record: Record, steps: int) -> dict[str, Reading]:
+    """Energy (Wh) and time (h) of so many optimizer steps at a run's rates; nothing for a run that made them all."""
+    made = record.counts.get("optimizer_steps", 0)
+    if made >= steps:
+        return {}
+    word = f"scaled from {made:,} steps to {steps:,}"
+    share, pace = record.readings.get("energy_per_step"), record.readings.get("steps_per_second")
+    found = {}
+    if share is not None:
+        found["energy"] = (
+            Reading.unknown("Wh", str(share.reason), share.method)
+            if share.value is None
+            else Reading(share.value * steps / HOURS, "Wh", f"{share.method}, {word}")
+        )
+    if pace is not None and pace.value:
+        found["time"] = Reading(steps / pace.value / HOURS, "h", f"{pace.method}, {word}")
+    return found
+
+
+def _first(record: Record, keys: tuple[str, ...]) -> Reading:
+    known = [{**record.readings, **record.quality}.get(key) for key in keys]
+    values = [reading for reading in known if reading is not None and reading.value is not None]
+    if values:
+        return values[0]
+    return next((reading for reading in known if reading is not None), Reading.unknown("1", f"the record has no {keys[0]}"))
+
+
+def _study(folder: Path) -> Record | None:
+    try:
+        return store.load(folder)
+    except Refusal:
+        return None
+
+
+def _grades(record: Record, study: Record | None) -> dict[str, Any] | None:
+    """People's mean grade of these answers, and the paper's of the same method."""
+    quant = record.config["quant"]["name"]
+    adapter = _adapter(record)
+    said = published.human_grades(quant, adapter)
+    ours = Reading.unknown(UNIT, NOBODY)
+    for model in study.config["models"] if study is not None else []:
+        if model["config_hash"] == record.config_hash and study is not None:
+            ours = study.quality.get(grade_name(model["label"]), ours)
+    return {"ours": dataclasses.asdict(ours), "published": said}
+
+
+def _adapter(record: Record) -> str:
+    folder = record.config.get("adapter_path")
+    if not folder:
+        return "none"
+    try:
+        return str(store.load(folder).config["adapter"]["name"])
+    except Refusal:
+        return "unknown"
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """Tables of the runs, and why some did not run."""
+    parts = [
+        _table(
+            "Table I: inference",
+            [row for row in rows if row.run.kind == INFERENCE],
+            {"memory": ("memory (GB)", 2), "tokens_per_second": ("tokens/s", 1), "energy_per_token": ("J/token", 2)},
+            {"energy": ("40,000 tokens, extrapolated (Wh)", 1)},
+            {"vram_gb": "memory (GB)", "tokens_per_second": "tokens/s", "energy_wh": "Wh"},
+        ),
+        _table(
+            "Table III: fine-tuning",
+            [row for row in rows if row.run.kind == FINETUNING],
+            {"memory": ("memory (GB)", 2), "steps_per_second": ("steps/s", 3), "energy_per_step": ("J/step", 0)},
+            {"energy": ("the paper's steps, extrapolated (Wh)", 0), "time": ("extrapolated (h)", 1)},
+            {"vram_gb": "memory (GB)", "steps_per_second": "steps/s", "energy_wh": "Wh"},
+        ),
+        _table("MT-bench, single", [row for row in rows if row.run.kind == SINGLE], {"judge_score_mean": ("points", 2)}),
+        _table("MT-bench, pairwise", [row for row in rows if row.run.kind == PAIRWISE], {"win_rate": ("win rate", 3)}),
+        _people(rows),
+        _not_run(rows),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(
+    title: str,
+    rows: list[Row],
+    measured: Mapping[str, tuple[str, int]],
+    extrapolated: Mapping[str, tuple[str, int]] = {},
+    said: Mapping[str, str] = {},
+) -> str:
+    rows = [row for row in rows if row.measured]
+    if not rows:
+        return ""
+    titles = ["run", *(name for name, _ in measured.values()), *(name for name, _ in extrapolated.values())]
+    titles += [f"paper: {name}" for name in said.values()]
+    lines = [f"## {title}", "", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for one in rows:
+        name = one.run.name if one.status == "ok" else f"{one.run.name} ({one.status.replace('_', ' ')})"
+        cells = [_cell(one.measured.get(key), digits) for key, (_, digits) in measured.items()]
+        cells += [_cell(one.extrapolated.get(key), digits) for key, (_, digits) in extrapolated.items()]
+        cells += [DASH if not one.published or one.published.get(key) is None else f"{one.published[key]:g}" for key in said]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(reading: Reading | None, digits: int) -> str:
+    return DASH if reading is None or reading.value is None else f"{reading.value:,.{digits}f}"
+
+
+def _people(rows: list[Row]) -> str:
+    """Tables II and IV, of the methods that the paper had graded."""
+    graded = [(row, row.grades) for row in rows if row.grades is not None and row.grades["published"]]
+    if not graded:
+        return ""
+    lines = ["## Tables II and IV: people's grades, 1 to 5", "", "| run | ours | paper: mean |", "| --- | --- | --- |"]
+    for one, grades in graded:
+        ours = grades["ours"]
+        shown = f"{ours['value']:.2f}" if ours["value"] is not None else f"{DASH} ({ours['reason']})"
+        lines.append(f"| {one.run.name} | {shown} | {grades['published']['mean']:g} |")
+    folders = " ".join(str(one.run.folder) for one, _ in graded)
+    return "\n".join([*lines, "", f'To have them graded: make rate RUNS="{folders}"', ""])
+
+
+def _not_run(rows: list[Row]) -> str:
+    left = [row for row in rows if row.status not in ("ok", "out_of_memory")]
+    if not left:
+        return ""
+    return "\n".join(["## Not run", "", *(f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left), ""])
