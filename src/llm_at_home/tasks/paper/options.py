@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm_at_home.errors import Refusal
+from llm_at_home.planning.values import one_line
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 DRY_RUN = "--dry-run"
@@ -112,9 +113,3 @@ def _composed(command: str, words: tuple[str, ...]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise Refusal(one_line(error)) from error
 
-
-def one_line(error: Exception) -> str:
-    """Hydra's message without its advice and its search path."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("Set the env", "Config search", "provider=", "To append"))]
-    return " ".join(kept)
