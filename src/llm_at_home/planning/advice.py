@@ -98,11 +98,15 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
     if budget is not None and target.memory is not None:
         raise Refusal("give a card or a budget: leave out gpu= or budget=")
     if target.memory is not None and target.card is None:
-        raise Refusal(f"speed and cost are known of the catalogue's cards: name the nearest one, such as gpu={cards[0].name}")
+        raise Refusal(
+            f"speed and cost are known of the catalogue's cards: name the nearest one, such as gpu={cards[0].name}"
+        )
     affordable, unpriced = _affordable(budget, cards) if budget else ([], [])
     if budget and not affordable:
         why = "; ".join(f"{card.name} {reading.reason}" for card, reading in unpriced if "rates" in str(reading.reason))
-        raise Refusal(f"budget={config['budget']} buys no card whose price is known in {budget.currency}{': ' if why else ''}{why}")
+        raise Refusal(
+            f"budget={config['budget']} buys no card whose price is known in {budget.currency}{': ' if why else ''}{why}"
+        )
     chosen = target.card or (affordable[0][0] if affordable else None)
     found: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
@@ -120,9 +124,7 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
     return Advice(task, shape, config, chosen, ranked, left_out, api, budget, affordable, unpriced)
 
 
-def _affordable(
-    budget: Budget, cards: Sequence[Card]
-) -> tuple[list[tuple[Card, Reading]], list[tuple[Card, Reading]]]:
+def _affordable(budget: Budget, cards: Sequence[Card]) -> tuple[list[tuple[Card, Reading]], list[tuple[Card, Reading]]]:
     """Cards within the budget, the most memory first and among equals the most bandwidth, and those without a price."""
     priced = [(card, budget.buys(card.price_buy)) for card in cards]
     within = [(card, price) for card, price in priced if price.value is not None and price.value <= budget.amount]

@@ -79,20 +79,27 @@ def _head(advice: Advice) -> list[str]:
     if advice.budget:
         bought = ", ".join(f"{card.name} {price.value:,.0f}" for card, price in advice.affordable)
         lines.append(f"{advice.budget.amount:,.0f} {advice.budget.currency} buys: {bought}; below, the first")
-        rates = sorted({str(price.reason).rpartition(" ")[2] for _, price in advice.unpriced if "rates." in str(price.reason)})
+        rates = sorted(
+            {str(price.reason).rpartition(" ")[2] for _, price in advice.unpriced if "rates." in str(price.reason)}
+        )
         if rates:
-            lines.append(f"  not compared: {', '.join(c.name for c, p in advice.unpriced if 'rates.' in str(p.reason))} (give {', '.join(rates)})")
+            lines.append(
+                f"  not compared: {', '.join(c.name for c, p in advice.unpriced if 'rates.' in str(p.reason))} (give {', '.join(rates)})"
+            )
     if advice.card:
         lines += _prices(advice.card)
     else:
-        lines.append("no card is named: each row is of the smallest card that it fits; give gpu= or budget=, such as gpu=rtx4090")
+        lines.append(
+            "no card is named: each row is of the smallest card that it fits; give gpu= or budget=, such as gpu=rtx4090"
+        )
+        for card in {one.card.name: one.card for one in advice.candidates[:SHOWN]}.values():
+            lines += _prices(card)
     return lines
 
 
 def _prices(card: Card) -> list[str]:
     return [
-        f"gpu={card.name}: {card.memory:.2f} GB, {card.bandwidth:,.0f} GB/s",
-        f"  buy:  {_price(card.price_buy)}",
+        f"gpu={card.name}: {card.memory:.2f} GB, {card.bandwidth:,.0f} GB/s; buy: {_price(card.price_buy)}",
         f"  rent: {_price(card.price_hour, ' an hour')}",
     ]
 
@@ -112,7 +119,10 @@ def _table(advice: Advice) -> list[str]:
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
     left = 4 if not advice.card else 3
     return [
-        " ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        " ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (titles, *rows)
     ]
 
@@ -120,15 +130,24 @@ def _table(advice: Advice) -> list[str]:
 def _cells(advice: Advice, number: int, one: Candidate) -> list[str]:
     measured = one.speed.rate.method.startswith(MEASURED)
     name = " ".join(word.partition("=")[2] if "." not in word else word.removeprefix("quant.") for word in one.words)
-    cells = [f"{number}{'*' if one.best else ' '}", name, one.config["dtype"], *([] if advice.card else [one.card.name])]
+    cells = [
+        f"{number}{'*' if one.best else ' '}",
+        name,
+        one.config["dtype"],
+        *([] if advice.card else [one.card.name]),
+    ]
     cells += [f"{one.bits:.1f}", f"{one.memory.value:.1f}", _figure(one.loss, 4)]
     if one.learned is not None:
         cells.append(UNKNOWN if one.learned.value is None else f"{one.learned.value:.0%}")
     digits = 0 if advice.task == CHAT else 3
     cells.append(f"{'' if measured or one.speed.rate.value is None else '~'}{_figure(one.speed.rate, digits)}")
-    cells.append(f"{'' if measured or one.speed.energy.value is None else '<'}{_figure(one.speed.energy, 1 if digits == 0 else 0)}")
+    cells.append(
+        f"{'' if measured or one.speed.energy.value is None else '<'}{_figure(one.speed.energy, 1 if digits == 0 else 0)}"
+    )
     rent = one.rent
-    cells.append(UNKNOWN if rent.value is None else f"{'' if measured else '~'}{rent.value:,.2f} {rent.unit.partition('/')[0]}")
+    cells.append(
+        UNKNOWN if rent.value is None else f"{'' if measured else '~'}{rent.value:,.2f} {rent.unit.partition('/')[0]}"
+    )
     return cells
 
 
@@ -142,14 +161,20 @@ def _commands(advice: Advice) -> list[str]:
 
 def _notes(advice: Advice) -> list[str]:
     shown = advice.candidates[:SHOWN]
-    lines = [
-        "*   no row is better in quality and as fast, or faster and as good",
+    lines = (
+        ["*   no row is better in quality and as fast, or faster and as good"] if any(one.best for one in shown) else []
+    )
+    lines += [
         f"GB  predicted, the process; held within {MEMORY_ERROR:.0%} of runs that it was not fitted to, on an H100",
         "KL  nats/token lost, measured on smollm2_135m and not on this model, where the order may be another",
     ]
     if advice.task != CHAT:
-        lines.append("learned  facts of the handbook that smollm2_135m, unquantized, answers after fine-tuning so; measured")
-    whys = list(dict.fromkeys(one.speed.why for one in shown if one.speed.why and not one.speed.why.startswith(MEASURED)))
+        lines.append(
+            "learned  facts of the handbook that smollm2_135m, unquantized, answers after fine-tuning so; measured"
+        )
+    whys = list(
+        dict.fromkeys(one.speed.why for one in shown if one.speed.why and not one.speed.why.startswith(MEASURED))
+    )
     if whys:
         lines.append("~   predicted:")
         lines += [f"      {why}" for why in whys]
@@ -158,8 +183,14 @@ def _notes(advice: Advice) -> list[str]:
     if unknown:
         lines.append(f"?   not measured on a GPU: {', '.join(unknown)}")
     if advice.task == CHAT:
-        said = f"{advice.api.value:g} {advice.api.unit} ({advice.api.method})" if advice.api.value else f"unknown: {advice.api.reason}"
+        said = (
+            f"{advice.api.value:g} {advice.api.unit} ({advice.api.method})"
+            if advice.api.value
+            else f"unknown: {advice.api.reason}"
+        )
         lines.append(f"API {said}")
     if advice.left_out:
-        lines.append(f"left out, {len(advice.left_out)}: " + "; ".join(f"{name}: {why}" for name, why in advice.left_out[:2]))
+        lines.append(
+            f"left out, {len(advice.left_out)}: " + "; ".join(f"{name}: {why}" for name, why in advice.left_out[:2])
+        )
     return lines

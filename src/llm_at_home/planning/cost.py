@@ -35,7 +35,9 @@ def _rent(rate: Reading, card: Card, units: float, what: str) -> Reading:
     unit = f"{price.currency}/{what}"
     if rate.value is None:
         return Reading.unknown(unit, str(rate.reason))
-    return Reading(price.value * units / rate.value / 3600, unit, f"{rate.method.split(',')[0]}; {price.source}, {price.date}")
+    return Reading(
+        price.value * units / rate.value / 3600, unit, f"{rate.method.split(',')[0]}; {price.source}, {price.date}"
+    )
 
 
 def api_of_tokens(shape: Shape) -> Reading:
@@ -43,7 +45,9 @@ def api_of_tokens(shape: Shape) -> Reading:
     for entry in _prices()["api"]:
         if abs(shape.parameters / 1e9 / entry["billions"] - 1) < _prices()["tolerance"]:
             return Reading(entry["value"], f"{entry['currency']}/1M tokens", f"{entry['source']}, {entry['date']}")
-    return Reading.unknown("USD/1M tokens", f"no price of a model of {shape.parameters / 1e9:.1f}B parameters is known here")
+    return Reading.unknown(
+        "USD/1M tokens", f"no price of a model of {shape.parameters / 1e9:.1f}B parameters is known here"
+    )
 
 
 @functools.cache

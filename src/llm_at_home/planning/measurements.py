@@ -71,9 +71,9 @@ def graph_pace(quant: Mapping[str, Any]) -> Pace | None:
 
 def eager_pace(quant: Mapping[str, Any], dtype: str) -> Pace | None:
     """Decoding one conversation with transformers' ``generate``, or None where it was not measured."""
-    for folder, record in _records(EAGER):
+    for folder, record in records(EAGER):
         config = record.config
-        alike = _same_quant(config["quant"], quant) and (quant["method"] != "dense" or config["dtype"] == dtype)
+        alike = _same_quant(config["quant"], quant) and _same_width(config["dtype"], dtype)
         rate = record.readings.get("decode_tokens_per_second")
         if alike and config["engine"]["batch_size"] == 1 and rate is not None and rate.value:
             joules = record.readings["energy_per_token"].value
@@ -83,16 +83,21 @@ def eager_pace(quant: Mapping[str, Any], dtype: str) -> Pace | None:
 
 def training_pace(config: Mapping[str, Any]) -> Pace | None:
     """Optimizer steps with this base and adapter, or None where they were not measured."""
-    for folder, record in _records(TRAINING):
+    for folder, record in records(TRAINING):
         theirs = record.config
         adapter, wanted = theirs["adapter"], config["adapter"]
         alike = adapter["name"] == wanted["name"] and _same_quant(theirs["quant"], config["quant"])
         alike &= adapter.get("implementation") == wanted.get("implementation")
         rate = record.readings.get("steps_per_second")
-        if alike and theirs["dtype"] == config["dtype"] and rate is not None and rate.value:
+        if alike and _same_width(theirs["dtype"], config["dtype"]) and rate is not None and rate.value:
             joules = record.readings["energy_per_step"].value
             return Pace(rate.value, joules, theirs, folder, rate.n or record.counts["optimizer_steps"])
     return None
+
+
+def _same_width(one: str, other: str) -> bool:
+    """Whether two dtypes are of as many bits: float16 stands in for bfloat16 on cards that lack it."""
+    return (one == "float32") == (other == "float32")
 
 
 def _same_quant(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -106,7 +111,7 @@ def _key(quant: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @functools.cache
 def _quality() -> tuple[Record, ...]:
-    return tuple(record for _, record in _records(METHODS, "*/fidelity"))
+    return tuple(record for _, record in records(METHODS, "*/fidelity"))
 
 
 @functools.cache
@@ -117,5 +122,10 @@ def _read(folder: str, pattern: str) -> tuple[tuple[str, Record], ...]:
     return tuple((str(path.parent.relative_to(RESULTS)), store.load(path.parent)) for path in paths)
 
 
-def _records(folder: str, pattern: str = "*") -> Iterator[tuple[str, Record]]:
+def records(folder: str, pattern: str = "*") -> Iterator[tuple[str, Record]]:
+    """Finished runs in a folder below ``results/``, each with its place.
+
+    Raises:
+        Refusal: without the checkout that holds them.
+    """
     return ((place, record) for place, record in _read(folder, pattern) if record.status == "ok")

@@ -51,7 +51,9 @@ def decoding(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: 
     graph = measurements.graph_pace(config["quant"]) if has_graph else None
     if graph is not None:
         step = read_bytes(shape, config, tokens) / (card.bandwidth * 1e9 * _share_of_bandwidth(graph, config))
-        why = f"engine=graph: its share of an H100's bandwidth ({graph.place}, n = {graph.n}); held against no other card"
+        why = (
+            f"engine=graph: its share of an H100's bandwidth ({graph.place}, n = {graph.n}); held against no other card"
+        )
         return _speed(1 / step, graph, shape, card, "graph", None, why)
     eager = measurements.eager_pace(config["quant"], config["dtype"])
     if eager is None:
@@ -90,7 +92,7 @@ def _share_of_bandwidth(pace: Pace, config: Mapping[str, Any]) -> float:
 
 
 def _architecture() -> dict[str, Any]:
-    found: dict[str, Any] = next(iter(measurements._records(measurements.EAGER)))[1].config["model"]["architecture"]
+    found: dict[str, Any] = next(iter(measurements.records(measurements.EAGER)))[1].config["model"]["architecture"]
     return found
 
 

@@ -31,9 +31,9 @@ def check(config: Mapping[str, Any]) -> None:
         if key in config[group]:
             _whole(f"{group}.{key}", config[group][key])
     _check_accumulation(config)
-    rank = (config.get("adapter") or {}).get("r")
-    if rank is not None:
-        _whole("adapter.r", rank)
+    for key in ("r", "init_r", "target_r", "num_virtual_tokens"):
+        if key in config["adapter"] and not str(config["adapter"].get("_target_")).endswith("OFTConfig"):
+            _whole(f"adapter.{key}", config["adapter"][key])
     every = config["memory"]["checkpointing"]
     if every not in ("none", "full"):
         _whole("memory.checkpointing", every, "none, full, or a number of layers")

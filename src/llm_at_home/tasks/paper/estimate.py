@@ -137,7 +137,9 @@ def _judged(config: Mapping[str, Any], found: Measured, questions: int) -> tuple
 def _with_making(time: Reading, found: Measured) -> Reading:
     made = found.value("make_time")
     if made is None or time.value is None:
-        return Reading.unknown("s", "a checkpoint is made first, and no committed record says how long that takes", time.method)
+        return Reading.unknown(
+            "s", "a checkpoint is made first, and no committed record says how long that takes", time.method
+        )
     return replace(time, value=time.value + made, method=f"{time.method}, and making the checkpoint there")
 
 
@@ -193,7 +195,11 @@ def _disk(task: str, config: Mapping[str, Any], needs_making: bool) -> dict[str,
 
 def _is_here(model: Mapping[str, Any]) -> bool:
     where = str(model["source"])
-    return where == source.EMBEDDED or Path(where).expanduser().exists() or bool(source.hub_commit(where, model["revision"]))
+    return (
+        where == source.EMBEDDED
+        or Path(where).expanduser().exists()
+        or bool(source.hub_commit(where, model["revision"]))
+    )
 
 
 def total(readings: Sequence[Reading]) -> tuple[float, int]:

@@ -54,7 +54,11 @@ def _total(readings: Sequence[Reading], shown: object) -> str:
 
 def _largest(disk: dict[str, float]) -> str:
     largest = sorted(disk.items(), key=lambda item: -item[1])[:3]
-    return ": " + ", ".join(f"{name} {size:.2f}" for name, size in largest) + (" ..." if len(disk) > 3 else "") if disk else ""
+    return (
+        ": " + ", ".join(f"{name} {size:.2f}" for name, size in largest) + (" ..." if len(disk) > 3 else "")
+        if disk
+        else ""
+    )
 
 
 def _caveats(found: Sequence[Estimate]) -> list[str]:

@@ -110,6 +110,5 @@ def _composed(command: str, words: tuple[str, ...]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(command, list(words))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is null
         raise Refusal(one_line(error)) from error
-

@@ -99,7 +99,9 @@ class _Builder:
 
     def _own(self, task: str) -> list[str]:
         """The user's overrides that a task has the key of."""
-        return [word for word in self.options.overrides if word.lstrip("+~").split("=")[0].split(".")[0] in self.keys[task]]
+        return [
+            word for word in self.options.overrides if word.lstrip("+~").split("=")[0].split(".")[0] in self.keys[task]
+        ]
 
     def _words(self, task: str, row: str) -> tuple[str, ...]:
         protocol = self.options.protocols[self.protocol]

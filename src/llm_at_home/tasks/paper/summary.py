@@ -141,7 +141,9 @@ def _first(record: Record, keys: tuple[str, ...]) -> Reading:
     values = [reading for reading in known if reading is not None and reading.value is not None]
     if values:
         return values[0]
-    return next((reading for reading in known if reading is not None), Reading.unknown("1", f"the record has no {keys[0]}"))
+    return next(
+        (reading for reading in known if reading is not None), Reading.unknown("1", f"the record has no {keys[0]}")
+    )
 
 
 def _study(folder: Path) -> Record | None:
@@ -190,7 +192,9 @@ def as_markdown(rows: list[Row]) -> str:
             {"energy": ("the paper's steps, extrapolated (Wh)", 0), "time": ("extrapolated (h)", 1)},
             {"vram_gb": "memory (GB)", "steps_per_second": "steps/s", "energy_wh": "Wh"},
         ),
-        _table("MT-bench, single", [row for row in rows if row.run.kind == SINGLE], {"judge_score_mean": ("points", 2)}),
+        _table(
+            "MT-bench, single", [row for row in rows if row.run.kind == SINGLE], {"judge_score_mean": ("points", 2)}
+        ),
         _table("MT-bench, pairwise", [row for row in rows if row.run.kind == PAIRWISE], {"win_rate": ("win rate", 3)}),
         _people(rows),
         _not_run(rows),
@@ -215,7 +219,9 @@ def _table(
         name = one.run.name if one.status == "ok" else f"{one.run.name} ({one.status.replace('_', ' ')})"
         cells = [_cell(one.measured.get(key), digits) for key, (_, digits) in measured.items()]
         cells += [_cell(one.extrapolated.get(key), digits) for key, (_, digits) in extrapolated.items()]
-        cells += [DASH if not one.published or one.published.get(key) is None else f"{one.published[key]:g}" for key in said]
+        cells += [
+            DASH if not one.published or one.published.get(key) is None else f"{one.published[key]:g}" for key in said
+        ]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join([*lines, ""])
 
@@ -242,4 +248,6 @@ def _not_run(rows: list[Row]) -> str:
     left = [row for row in rows if row.status not in ("ok", "out_of_memory")]
     if not left:
         return ""
-    return "\n".join(["## Not run", "", *(f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left), ""])
+    return "\n".join(
+        ["## Not run", "", *(f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left), ""]
+    )
