@@ -46,7 +46,7 @@ def target_of(gpu: dict[str, Any]) -> Target:
 
 
 def answer(composed: DictConfig, named: Collection[str] = ()) -> str:
-    """The plan of a composed configuration, or for ``task=chat`` and ``task=finetune`` what to choose, as ``out=`` says.
+    """The plan of a composed configuration, or for ``task=chat`` and ``task=finetune`` what to choose.
 
     Args:
         composed: of ``conf/plan.yaml``.

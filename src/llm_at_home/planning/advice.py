@@ -1,4 +1,4 @@
-"""What should I run? The configurations that fit a card, ranked by measured quality and by speed, with memory and cost."""
+"""What should I run? The configurations that fit a card, ranked by measured quality and by speed."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class Advice:
         left_out: configurations that do not fit or cannot run, with why.
         affordable: cards that the budget buys, with their price in its currency, dearest memory first.
         unpriced: cards that it might buy, with why that is not known.
+        lacking: the rates of exchange that would tell.
     """
 
     task: str
@@ -77,6 +78,7 @@ class Advice:
     budget: Budget | None = None
     affordable: Sequence[tuple[Card, Reading]] = ()
     unpriced: Sequence[tuple[Card, Reading]] = ()
+    lacking: Sequence[str] = ()
 
 
 def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], named: Collection[str]) -> Advice:
@@ -102,11 +104,10 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
             f"speed and cost are known of the catalogue's cards: name the nearest one, such as gpu={cards[0].name}"
         )
     affordable, unpriced = _affordable(budget, cards) if budget else ([], [])
+    lacking = budget.lacking(cards) if budget else []
     if budget and not affordable:
-        why = "; ".join(f"{card.name} {reading.reason}" for card, reading in unpriced if "rates" in str(reading.reason))
-        raise Refusal(
-            f"budget={config['budget']} buys no card whose price is known in {budget.currency}{': ' if why else ''}{why}"
-        )
+        hint = f"give {', '.join(lacking)}, what one costs in {budget.currency}" if lacking else "give more"
+        raise Refusal(f"budget={config['budget']} buys no card whose price is known in {budget.currency}: {hint}")
     chosen = target.card or (affordable[0][0] if affordable else None)
     found: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
@@ -121,7 +122,7 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
         raise Refusal(f"nothing that was tried runs {shape.name} on {where}: {left_out[-1][0]}: {left_out[-1][1]}")
     ranked = _ranked(found)
     api = cost.api_of_tokens(shape) if task == CHAT else Reading.unknown("USD", "fine-tuning by API is not priced here")
-    return Advice(task, shape, config, chosen, ranked, left_out, api, budget, affordable, unpriced)
+    return Advice(task, shape, config, chosen, ranked, left_out, api, budget, affordable, unpriced, lacking)
 
 
 def _affordable(budget: Budget, cards: Sequence[Card]) -> tuple[list[tuple[Card, Reading]], list[tuple[Card, Reading]]]:
@@ -199,7 +200,7 @@ def _measured(
 
 
 def _ranked(found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that nothing beats in both quality and speed first; within each half the better quality, then the faster."""
+    """Those that nothing beats in both quality and speed first; in each half the better quality, then the faster."""
     marked = [replace(one, best=_known(one) and not any(_beats(other, one) for other in found)) for one in found]
     return sorted(marked, key=lambda one: (not one.best, _loss(one), -_learned(one), -(one.speed.rate.value or 0.0)))
 

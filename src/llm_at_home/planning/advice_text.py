@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from llm_at_home.hardware.catalogue import Card, Price
@@ -74,26 +75,20 @@ def _head(advice: Advice) -> list[str]:
     if advice.task == CHAT:
         what = f"one conversation of {prompt_tokens(config)} + {config['engine']['max_new_tokens']} tokens"
     else:
-        what = f"{config['trainer']['max_steps']} steps, micro-batches of {config['data']['batch_size']} x {config['data']['max_length']} tokens"
+        data = config["data"]
+        batch = f"micro-batches of {data['batch_size']} x {data['max_length']} tokens"
+        what = f"{config['trainer']['max_steps']} steps, {batch}"
     lines = [f"{shape.name} ({shape.parameters / 1e9:.2f}B parameters), {advice.task}: {what}"]
     if advice.budget:
         bought = ", ".join(f"{card.name} {price.value:,.0f}" for card, price in advice.affordable)
         lines.append(f"{advice.budget.amount:,.0f} {advice.budget.currency} buys: {bought}; below, the first")
-        rates = sorted(
-            {str(price.reason).rpartition(" ")[2] for _, price in advice.unpriced if "rates." in str(price.reason)}
-        )
-        if rates:
-            lines.append(
-                f"  not compared: {', '.join(c.name for c, p in advice.unpriced if 'rates.' in str(p.reason))} (give {', '.join(rates)})"
-            )
+    if advice.lacking:
+        lines.append(f"  cards priced in other currencies are not compared: give {', '.join(advice.lacking)}")
     if advice.card:
-        lines += _prices(advice.card)
-    else:
-        lines.append(
-            "no card is named: each row is of the smallest card that it fits; give gpu= or budget=, such as gpu=rtx4090"
-        )
-        for card in {one.card.name: one.card for one in advice.candidates[:SHOWN]}.values():
-            lines += _prices(card)
+        return lines + _prices(advice.card)
+    lines.append("no card is named: each row is of the smallest card that it fits; give gpu=rtx4090, say, or budget=")
+    for card in {one.card.name: one.card for one in advice.candidates[:SHOWN]}.values():
+        lines += _prices(card)
     return lines
 
 
@@ -115,44 +110,37 @@ def _table(advice: Advice) -> list[str]:
     rate, energy, rent = ("tokens/s", "J/token", "rent, 1M tokens") if chat else ("steps/s", "J/step", "rent, the run")
     titles = ["", "configuration", "dtype", *([] if advice.card else ["card"]), "bits", "GB", "KL"]
     titles += [*([] if chat else ["learned"]), rate, energy, rent]
-    rows = [_cells(advice, number, one) for number, one in enumerate(advice.candidates[:SHOWN], 1)]
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
-    left = 4 if not advice.card else 3
-    return [
-        " ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (titles, *rows)
-    ]
+    words = 3 if advice.card else 4  # columns of words, the others are of numbers
+    rows = [titles, *(_cells(advice, number, one) for number, one in enumerate(advice.candidates[:SHOWN], 1))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [" ".join(_padded(row, widths, words)) for row in rows]
+
+
+def _padded(row: list[str], widths: list[int], words: int) -> Iterator[str]:
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.ljust(width) if i < words else cell.rjust(width)
 
 
 def _cells(advice: Advice, number: int, one: Candidate) -> list[str]:
-    measured = one.speed.rate.method.startswith(MEASURED)
+    chat = advice.task == CHAT
+    about, most = ("", "") if one.speed.rate.method.startswith(MEASURED) else ("~", "<")
     name = " ".join(word.partition("=")[2] if "." not in word else word.removeprefix("quant.") for word in one.words)
-    cells = [
-        f"{number}{'*' if one.best else ' '}",
-        name,
-        one.config["dtype"],
+    return [
+        *(f"{number}{'*' if one.best else ' '}", name, one.config["dtype"]),
         *([] if advice.card else [one.card.name]),
+        *(f"{one.bits:.1f}", _figure(one.memory, 1), _figure(one.loss, 4)),
+        *([] if one.learned is None else [_figure(one.learned, 0, "%")]),
+        _figure(one.speed.rate, 0 if chat else 3, before=about),
+        _figure(one.speed.energy, 1 if chat else 0, before=most),
+        _figure(one.rent, 2, f" {one.rent.unit.partition('/')[0]}", about),
     ]
-    cells += [f"{one.bits:.1f}", f"{one.memory.value:.1f}", _figure(one.loss, 4)]
-    if one.learned is not None:
-        cells.append(UNKNOWN if one.learned.value is None else f"{one.learned.value:.0%}")
-    digits = 0 if advice.task == CHAT else 3
-    cells.append(f"{'' if measured or one.speed.rate.value is None else '~'}{_figure(one.speed.rate, digits)}")
-    cells.append(
-        f"{'' if measured or one.speed.energy.value is None else '<'}{_figure(one.speed.energy, 1 if digits == 0 else 0)}"
-    )
-    rent = one.rent
-    cells.append(
-        UNKNOWN if rent.value is None else f"{'' if measured else '~'}{rent.value:,.2f} {rent.unit.partition('/')[0]}"
-    )
-    return cells
 
 
-def _figure(reading: Reading, digits: int) -> str:
-    return UNKNOWN if reading.value is None else f"{reading.value:,.{digits}f}"
+def _figure(reading: Reading, digits: int, after: str = "", before: str = "") -> str:
+    if reading.value is None:
+        return UNKNOWN
+    value = 100 * reading.value if after == "%" else reading.value
+    return f"{before}{value:,.{digits}f}{after}"
 
 
 def _commands(advice: Advice) -> list[str]:
@@ -161,36 +149,29 @@ def _commands(advice: Advice) -> list[str]:
 
 def _notes(advice: Advice) -> list[str]:
     shown = advice.candidates[:SHOWN]
-    lines = (
-        ["*   no row is better in quality and as fast, or faster and as good"] if any(one.best for one in shown) else []
-    )
-    lines += [
+    lines = [
         f"GB  predicted, the process; held within {MEMORY_ERROR:.0%} of runs that it was not fitted to, on an H100",
         "KL  nats/token lost, measured on smollm2_135m and not on this model, where the order may be another",
     ]
+    if any(one.best for one in shown):
+        lines.insert(0, "*   no row is better in quality and as fast, or faster and as good")
     if advice.task != CHAT:
         lines.append(
-            "learned  facts of the handbook that smollm2_135m, unquantized, answers after fine-tuning so; measured"
+            "learned  facts of the handbook that smollm2_135m, unquantized, answers after such fine-tuning; measured"
         )
-    whys = list(
-        dict.fromkeys(one.speed.why for one in shown if one.speed.why and not one.speed.why.startswith(MEASURED))
-    )
-    if whys:
-        lines.append("~   predicted:")
-        lines += [f"      {why}" for why in whys]
+    predicted = [one.speed.why for one in shown if one.speed.why and not one.speed.why.startswith(MEASURED)]
+    if predicted:
+        lines += ["~   predicted:", *(f"      {why}" for why in dict.fromkeys(predicted))]
         lines.append("<   at most: the card's power limit for the predicted time")
-    unknown = [f"{' '.join(one.words)}" for one in shown if one.speed.rate.value is None]
+    unknown = [" ".join(one.words) for one in shown if one.speed.rate.value is None]
     if unknown:
         lines.append(f"?   not measured on a GPU: {', '.join(unknown)}")
     if advice.task == CHAT:
-        said = (
-            f"{advice.api.value:g} {advice.api.unit} ({advice.api.method})"
-            if advice.api.value
-            else f"unknown: {advice.api.reason}"
-        )
-        lines.append(f"API {said}")
-    if advice.left_out:
+        api = advice.api
         lines.append(
-            f"left out, {len(advice.left_out)}: " + "; ".join(f"{name}: {why}" for name, why in advice.left_out[:2])
+            f"API {f'unknown: {api.reason}' if api.value is None else f'{api.value:g} {api.unit} ({api.method})'}"
         )
+    if advice.left_out:
+        first = "; ".join(f"{name}: {why}" for name, why in advice.left_out[:2])
+        lines.append(f"left out, {len(advice.left_out)}: {first}")
     return lines

@@ -1,10 +1,10 @@
-"""What a run costs: the card to buy, its rent, and the same tokens from somebody's API; each price with source and date."""
+"""What a run costs: the card, its rent, the same tokens from an API; each price with source and date."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,12 @@ class Budget:
             if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0):
                 raise Refusal(f"rates.{currency}={rate} is no rate: give what one {currency} costs in {found[2]}")
         return cls(float(found[1]), found[2], rates)
+
+    def lacking(self, cards: Sequence[Card]) -> list[str]:
+        """The keys of the rates without which a card's price is not known in this currency."""
+        prices = [card.price_buy for card in cards if card.price_buy.value is not None]
+        others = {str(price.currency) for price in prices if price.currency != self.currency}
+        return [f"rates.{name}" for name in sorted(others) if self.rates.get(name) is None]
 
     def buys(self, price: Price) -> Reading:
         """The price in this currency; unknown without one, or without a rate."""

@@ -1,4 +1,4 @@
-"""What committed records say of quality and of a card's share of its peak, for predictions on other cards and models."""
+"""What committed records say of quality and of speed, for predictions on other cards and models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kl_divergence(quant: Mapping[str, Any], dtype: str) -> Reading:
 
 
 def exact_match(adapter: Mapping[str, Any]) -> Reading:
-    """Facts that the embedded model, unquantized, answers after fine-tuning on the handbook with this adapter, a share."""
+    """The share of the handbook's facts that the embedded model, unquantized, answers after training this adapter."""
     folder = RESULTS / HANDBOOK / str(adapter["name"]) / "text"
     if not (folder / store.RECORD).is_file():
         return Reading.unknown("1", f"not measured for adapter={adapter['name']}")

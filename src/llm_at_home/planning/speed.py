@@ -1,8 +1,8 @@
 """How fast a run will be on a card: measured there, or predicted from the share of its peak that another card reached.
 
-Decoding with ``engine=graph`` reads bytes: its share of the data sheet's bandwidth carries over. Eager decoding waits for
-the host, so its time for a layer does, until the bytes take longer. Fine-tuning's share of the data sheet's operations
-carries over. How far such predictions were from figures that others published is in ``measured.yaml``.
+Decoding with ``engine=graph`` reads bytes: its share of the data sheet's bandwidth carries over. Eager decoding waits
+for the host, so its time for a layer does, until the bytes take longer. Fine-tuning's share of the data sheet's
+operations carries over. How far such predictions were from published figures is in ``measured.yaml``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m llm_at_home.tasks.paper [--dry-run] [key=value]``: estimates the paper's runs, then runs those that are missing."""
+"""``python -m llm_at_home.tasks.paper [--dry-run] [key=value]``: estimates the paper's runs, runs what is missing."""
 
 from __future__ import annotations
 

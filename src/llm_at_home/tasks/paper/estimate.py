@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: time and energy from the nearest committed record, memory and disk predicted."""
+"""What a run will take: time and energy from the nearest committed record, memory and disk predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Committed records that tell what a run will take: the nearest machine's, of the same method on a model of that size."""
+"""Committed records that tell what a run will take: of the same method on a model of that size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def committed(results: Path = RESULTS) -> tuple[Measured, ...]:
 
 
 def nearest(task: str, config: Mapping[str, Any], results: Path = RESULTS) -> Measured | None:
-    """The committed run of the same task, method and model size that is nearest to this one, on the same kind of device.
+    """The committed run of the same task, method, model size and kind of device that is nearest to this one.
 
     The same card comes first, then the same groups, the same dtype, the same batch, and random or real weights alike.
     """

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llm_at_home.records.schema import Reading
 from llm_at_home.tasks.paper.estimate import Estimate
 from llm_at_home.tasks.paper.progress import AFTER, RUN, State
 
-TITLES = ("run", "time", "energy (Wh)", "memory (GB)", "time and energy as in results/")
+TITLES = ("run", "time", "energy (Wh)", "memory (GB)", "scaled from, below results/")
 UNKNOWN = "?"
+LARGEST = 3  # things on disk that are named
 
 
 def as_text(states: Sequence[State]) -> str:
     """A line a run, the totals, and why figures are unknown."""
-    lines = ["{:<22} {:>9} {:>12} {:>12}  {}".format(*TITLES)]
+    lines = ["{:<26} {:>9} {:>12} {:>12}  {}".format(*TITLES)]
     lines += [_line(state) for state in states]
     return "\n".join([*lines, "", *_totals(states), *_commands(states)])
 
@@ -22,11 +23,11 @@ def as_text(states: Sequence[State]) -> str:
 def _line(state: State) -> str:
     name = state.run.name
     if state.estimate is None:
-        return f"{name:<22} {state.status}: {state.why}" if state.why != "ok" else f"{name:<22} {state.status}"
+        return f"{name:<26} {state.status}: {state.why}" if state.why != "ok" else f"{name:<26} {state.status}"
     found = state.estimate
     time = UNKNOWN if found.time.value is None else duration(found.time.value)
     figures = [UNKNOWN if one.value is None else f"{one.value:.2f}" for one in (found.energy, found.memory)]
-    return f"{name:<22} {time:>9} {figures[0]:>12} {figures[1]:>12}  {found.record or ''}".rstrip()
+    return f"{name:<26} {time:>9} {figures[0]:>12} {figures[1]:>12}  {found.record or ''}".rstrip()
 
 
 def _totals(states: Sequence[State]) -> list[str]:
@@ -41,32 +42,31 @@ def _totals(states: Sequence[State]) -> list[str]:
     return lines + _caveats(to_run)
 
 
-def _total(readings: Sequence[Reading], shown: object) -> str:
+def _total(readings: Sequence[Reading], shown: Callable[[float], str]) -> str:
     known = [one.value for one in readings if one.value is not None]
     reasons = sorted({str(one.reason) for one in readings if one.value is None})
     if not known:
         return f"unknown: {'; '.join(reasons)}" if reasons else "nothing to run"
-    said = f"about {shown(sum(known))}"  # type: ignore[operator]
+    said = f"about {shown(sum(known))}"
     if reasons:
         said += f", without {len(readings) - len(known)} runs of which it is unknown ({'; '.join(reasons)})"
     return said
 
 
 def _largest(disk: dict[str, float]) -> str:
-    largest = sorted(disk.items(), key=lambda item: -item[1])[:3]
-    return (
-        ": " + ", ".join(f"{name} {size:.2f}" for name, size in largest) + (" ..." if len(disk) > 3 else "")
-        if disk
-        else ""
-    )
+    if not disk:
+        return ""
+    largest = sorted(disk.items(), key=lambda item: -item[1])[:LARGEST]
+    said = ", ".join(f"{name} {size:.2f}" for name, size in largest)
+    return f": {said}{' ...' if len(disk) > LARGEST else ''}"
 
 
 def _caveats(found: Sequence[Estimate]) -> list[str]:
     if not any(one.record for one in found):
         return []
     return [
-        "Time and energy are scaled from the committed record named, whatever machine made it: two hosts with one card differed",
-        "by 1.6 times. Memory is the planner's prediction for a GPU (error: docs/planner.md), for a CPU that record's.",
+        "Time and energy are scaled from the committed record named, whatever machine made it; two hosts with one card",
+        "differed by 1.6 times. Memory is predicted for a GPU (error: docs/planner.md), for a CPU that record's.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What ``make paper`` was asked for: its own options from ``conf/paper.yaml``, and the overrides that go to the runs."""
+"""What ``make paper`` was asked for: its own options of ``conf/paper.yaml``, and overrides that go to the runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from llm_at_home.errors import Refusal
 from llm_at_home.planning.values import one_line
@@ -21,7 +22,7 @@ CONF = Path(__file__).resolve().parents[4] / "conf"
 DRY_RUN = "--dry-run"
 FOLDERS = ("adapter_path", "answers", "baseline")
 # What tells one row from another is a row's own.
-ROWS_OWN = ("quant", "adapter", "prune", "questions", "data", "experiment", *FOLDERS)
+ROWS_OWN = ("quant", "adapter", "prune", "experiment", *FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,38 @@ def read(words: Sequence[str]) -> Options:
     Raises:
         Refusal: for words that are no overrides, values that make no sense, and keys that the rows decide.
     """
-    words = [f"dry_run={word == DRY_RUN}".lower() if word == DRY_RUN else word for word in words]
+    words = ["dry_run=true" if word == DRY_RUN else word for word in words]
     wrong = [word for word in words if "=" not in word]
     if wrong:
         raise Refusal(f"{wrong[0]} is no override: give key=value, or {DRY_RUN}")
-    known = set(OmegaConf.to_container(composed("paper", []), resolve=False))  # type: ignore[arg-type]
-    own = [word for word in words if _key(word).split(".")[0] in known]
+    own = [word for word in words if _is_own(_key(word))]
     overrides = tuple(word for word in words if word not in own)
     for word in overrides:
         if _key(word).split(".")[0] in ROWS_OWN and "." not in _key(word):
             raise Refusal(f"{word} is what a row decides: choose rows, such as rows=[nf4,q_lora]")
-    values: Any = OmegaConf.to_container(composed("paper", own), resolve=True)
+    try:
+        # Not Hydra, to which judge= would be a group.
+        merged = OmegaConf.merge(_defaults(), OmegaConf.from_dotlist(own))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise Refusal(one_line(error)) from error
+    values: Any = OmegaConf.to_container(merged, resolve=True)
     return _checked(Options(values, overrides))
 
 
 def _key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
+
+
+def _defaults() -> DictConfig:
+    found = OmegaConf.load(CONF / "paper.yaml")
+    assert isinstance(found, DictConfig)
+    OmegaConf.set_struct(found, True)
+    return found
+
+
+def _is_own(key: str) -> bool:
+    """Whether a key is of ``conf/paper.yaml``; below ``judge`` there are only the runs' keys."""
+    return key.split(".")[0] in _defaults() and not key.startswith("judge.")
 
 
 def _checked(options: Options) -> Options:

@@ -46,7 +46,8 @@ class Progress:
     """The paper's runs and what became of each.
 
     Attributes:
-        ended: the status of each run that was looked at or run, by name: a record's, ``skipped``, ``refused``, ``left out``.
+        ended: by name, the status of each run that had its turn: a record's, ``skipped``, ``refused`` or ``left out``.
+        why: of those that were refused, left out or failed.
     """
 
     def __init__(self, planned: Sequence[Run], options: Options) -> None:

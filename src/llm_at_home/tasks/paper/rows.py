@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.device import resolve_device
 from llm_at_home.models.source import EMBEDDED
@@ -71,6 +69,11 @@ def protocol_of(options: Options) -> str:
     return SMALL if config.model.get("source") == EMBEDDED or on_cpu else PAPER
 
 
+def group_of(word: str) -> str:
+    """The first part of an override's key."""
+    return word.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
 class _Builder:
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -99,23 +102,18 @@ class _Builder:
 
     def _own(self, task: str) -> list[str]:
         """The user's overrides that a task has the key of."""
-        return [
-            word for word in self.options.overrides if word.lstrip("+~").split("=")[0].split(".")[0] in self.keys[task]
-        ]
+        return [word for word in self.options.overrides if group_of(word) in self.keys[task]]
 
     def _words(self, task: str, row: str) -> tuple[str, ...]:
         protocol = self.options.protocols[self.protocol]
         second = protocol[task]
         experiment = f"experiment=[paper/{row},{second}]" if second else f"experiment=paper/{row}"
         words = [experiment, *self._own(task)]
-        if task == "infer" and protocol["calibrated"] and "calibration" in self._composed(task, words).quant:
+        if task == "infer" and protocol["calibrated"] and "calibration" in composed(task, words).quant:
             words[1:1] = protocol["calibrated"]
         if self.options.paths["output"] != "multirun":
             words.append(f"paths.output={self.options.paths['output']}")
         return tuple(words)
-
-    def _composed(self, task: str, words: Sequence[str]) -> DictConfig:
-        return composed(task, words)
 
     def _training(self, row: str) -> tuple[str, ...]:
         full = (f"trainer.max_steps={self.options.steps}",) if self.options.full else ()
@@ -129,7 +127,7 @@ class _Builder:
         words, stock = self._words("infer", self.options.stock), self.options.stock
         yield self._run(stock, stock, ANSWERS, "infer", words, left_out=left_out)
         for row in finetuning:
-            base = self._composed("train", self._words("train", row))
+            base = composed("train", self._words("train", row))
             adapter = (f"quant={base.quant.name}", f"dtype={base.dtype}", f"adapter_path={self.out / row}")
             name = f"{row}_{ANSWERS}"
             yield self._run(name, row, ANSWERS, "infer", (*words, *adapter), needs=(row,), left_out=left_out)

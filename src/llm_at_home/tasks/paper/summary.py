@@ -1,4 +1,4 @@
-"""Ours beside the published figures, row by row: what was measured, and apart from it what was scaled to the paper's size."""
+"""Ours beside the published figures: what was measured, and apart from it what was scaled to the paper's size."""
 
 from __future__ import annotations
 
@@ -177,25 +177,24 @@ def _adapter(record: Record) -> str:
 
 def as_markdown(rows: list[Row]) -> str:
     """Tables of the runs, and why some did not run."""
+    of = {kind: [row for row in rows if row.run.kind == kind and row.measured] for kind in MEASURED}
     parts = [
         _table(
             "Table I: inference",
-            [row for row in rows if row.run.kind == INFERENCE],
+            of[INFERENCE],
             {"memory": ("memory (GB)", 2), "tokens_per_second": ("tokens/s", 1), "energy_per_token": ("J/token", 2)},
             {"energy": ("40,000 tokens, extrapolated (Wh)", 1)},
             {"vram_gb": "memory (GB)", "tokens_per_second": "tokens/s", "energy_wh": "Wh"},
         ),
         _table(
             "Table III: fine-tuning",
-            [row for row in rows if row.run.kind == FINETUNING],
+            of[FINETUNING],
             {"memory": ("memory (GB)", 2), "steps_per_second": ("steps/s", 3), "energy_per_step": ("J/step", 0)},
-            {"energy": ("the paper's steps, extrapolated (Wh)", 0), "time": ("extrapolated (h)", 1)},
+            {"energy": ("all steps, extrapolated (Wh)", 0), "time": ("all steps, extrapolated (h)", 1)},
             {"vram_gb": "memory (GB)", "steps_per_second": "steps/s", "energy_wh": "Wh"},
         ),
-        _table(
-            "MT-bench, single", [row for row in rows if row.run.kind == SINGLE], {"judge_score_mean": ("points", 2)}
-        ),
-        _table("MT-bench, pairwise", [row for row in rows if row.run.kind == PAIRWISE], {"win_rate": ("win rate", 3)}),
+        _table("MT-bench, single", of[SINGLE], {"judge_score_mean": ("points", 2)}, {}, {}),
+        _table("MT-bench, pairwise", of[PAIRWISE], {"win_rate": ("win rate", 3)}, {}, {}),
         _people(rows),
         _not_run(rows),
     ]
@@ -206,24 +205,21 @@ def _table(
     title: str,
     rows: list[Row],
     measured: Mapping[str, tuple[str, int]],
-    extrapolated: Mapping[str, tuple[str, int]] = {},
-    said: Mapping[str, str] = {},
+    extrapolated: Mapping[str, tuple[str, int]],
+    said: Mapping[str, str],
 ) -> str:
-    rows = [row for row in rows if row.measured]
     if not rows:
         return ""
-    titles = ["run", *(name for name, _ in measured.values()), *(name for name, _ in extrapolated.values())]
-    titles += [f"paper: {name}" for name in said.values()]
-    lines = [f"## {title}", "", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    titles = ["run", *(name for name, _ in (*measured.values(), *extrapolated.values()))]
+    lines = [[*titles, *(f"paper: {name}" for name in said.values())]]
+    lines.append(["---"] * len(lines[0]))
     for one in rows:
         name = one.run.name if one.status == "ok" else f"{one.run.name} ({one.status.replace('_', ' ')})"
         cells = [_cell(one.measured.get(key), digits) for key, (_, digits) in measured.items()]
         cells += [_cell(one.extrapolated.get(key), digits) for key, (_, digits) in extrapolated.items()]
-        cells += [
-            DASH if not one.published or one.published.get(key) is None else f"{one.published[key]:g}" for key in said
-        ]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join([*lines, ""])
+        printed = one.published or {}
+        lines.append([name, *cells, *(DASH if printed.get(key) is None else f"{printed[key]:g}" for key in said)])
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def _cell(reading: Reading | None, digits: int) -> str:
@@ -248,6 +244,5 @@ def _not_run(rows: list[Row]) -> str:
     left = [row for row in rows if row.status not in ("ok", "out_of_memory")]
     if not left:
         return ""
-    return "\n".join(
-        ["## Not run", "", *(f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left), ""]
-    )
+    lines = [f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left]
+    return "\n".join(["## Not run", "", *lines, ""])
