@@ -54,10 +54,14 @@ def test_every_row_that_the_paper_published_is_among_the_runs(progress):
         assert (row["adapter"], row["quant"], row["dtype"] or "auto") in trained
 
 
-def test_the_protocol_follows_the_weights(progress):
+def test_the_protocol_follows_the_weights_and_the_device(progress, monkeypatch):
     assert rows.protocol_of(read(["model.weights=random"])) == "resources"
     assert rows.protocol_of(read(["model=smollm2_135m"])) == "small"
     assert rows.protocol_of(read(["protocol=paper", "model=smollm2_135m"])) == "paper"
+    assert rows.protocol_of(read(["gpu=cpu"])) == "small"  # a 7B on MT-bench would take days there
+    monkeypatch.setattr(rows, "resolve_device", lambda gpu: {"device": "cuda"})
+    assert rows.protocol_of(read([])) == "paper"
+    monkeypatch.undo()
     kinds = {run.kind for run in progress(*RANDOM).planned}
     assert kinds == {rows.INFERENCE, rows.FINETUNING}  # nobody judges random weights
 

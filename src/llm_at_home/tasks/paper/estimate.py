@@ -18,6 +18,7 @@ from llm_at_home.planning.prediction import METHOD
 from llm_at_home.planning.shape import Shape
 from llm_at_home.planning.training import predict_training
 from llm_at_home.planning.weights import model_bytes
+from llm_at_home.quantization.naming import quant_words
 from llm_at_home.records.schema import Reading
 from llm_at_home.tasks.paper.evidence import RATES, Measured, nearest
 
@@ -59,9 +60,9 @@ def estimate(task: str, config: Mapping[str, Any], needs_making: bool, judged: i
     disk = _disk(task, config, needs_making)
     found = nearest(task, config)
     if found is None:
-        words = "of this judge" if task == "evaluate" else "of this method on a model of this size"
         where = "a CPU" if config["gpu"]["device"] == "cpu" else "a GPU"
-        reason = f"no committed run {words} on {where}"
+        method = f"of this method on a model of this size on {where}"
+        reason = f"no committed run {'of this judge' if task == 'evaluate' else method}"
         unknown = Reading.unknown("s", reason)
         return Estimate(unknown, Reading.unknown("Wh", reason), _memory(task, config, None), disk, None)
     time, energy = _judged(config, found, judged) if task == "evaluate" else _scaled(task, config, found)
@@ -181,8 +182,8 @@ def _disk(task: str, config: Mapping[str, Any], needs_making: bool) -> dict[str,
         if model["weights"] == "pretrained" and not _is_here(model):
             found[f"download of {model['source']}"] = PUBLISHED_BYTES * shape.parameters / 1e9
         if needs_making:
-            name = f"{model['name']} {quant['name']} {quant.get('bits')} {quant.get('type')} {quant.get('group_size')}"
-            found[f"checkpoint of {name}"] = model_bytes(shape, quant, config["dtype"]) / 1e9
+            name = ", ".join(quant_words(dict(quant)))
+            found[f"checkpoint of {model['name']}: {name}"] = model_bytes(shape, quant, config["dtype"]) / 1e9
         if task == "train" and config["adapter"]["trains"] == "adapter":
             each = 4 * trained_parameters(shape, config["adapter"])
             kept = config["trainer"]["max_steps"] >= config["callbacks"]["checkpoints"]["every_n_steps"]

@@ -67,10 +67,12 @@ def nearest(task: str, config: Mapping[str, Any], results: Path = RESULTS) -> Me
 
 def _is_alike(task: str, config: Mapping[str, Any], record: Record) -> bool:
     theirs = record.config
-    if record.task != task or theirs["gpu"].get("device") != config["gpu"]["device"]:
+    if record.task != task:
         return False
     if task == "evaluate":
         return bool(theirs.get("task") == "judge" and theirs["judge"]["name"] == config["judge"]["name"])
+    if theirs["gpu"].get("device") != config["gpu"]["device"]:
+        return False
     quants = [(group["name"], group.get("bits"), group.get("type")) for group in (theirs["quant"], config["quant"])]
     if quants[0] != quants[1] or (theirs.get("prune") or {}).get("name", "none") != "none":
         return False
@@ -102,10 +104,18 @@ def _distance(config: Mapping[str, Any], record: Record) -> tuple[Any, ...]:
         theirs["gpu"].get("card") != config["gpu"]["card"],
         quant_words(theirs["quant"]) != quant_words(config["quant"]),
         theirs["dtype"] != config["dtype"],
+        _memory_saved(theirs) != _memory_saved(config),
         abs(_batch(theirs) - _batch(config)),
         theirs["model"]["weights"] != config["model"]["weights"],
         -record.counts.get("generated_tokens", record.counts.get("optimizer_steps", 0)),
     )
+
+
+def _memory_saved(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a training run trades time for memory; records of before there was any did not."""
+    memory = config.get("memory") or {}
+    optimizer = (config.get("optimizer") or {}).get("_target_")
+    return optimizer, memory.get("checkpointing", "none"), memory.get("loss_tokens")
 
 
 def _batch(config: Mapping[str, Any]) -> int:

@@ -129,13 +129,13 @@ class Progress:
         waits = [name for name in (*run.needs, *possible[:1]) if states[name].status != FINISHED]
         try:
             config = _resolved(run, words)
+            if run.task == "infer":
+                asked[run.name] = questions_of(config)
             if not waits:
                 resolve.check(run.task, config)
                 finished = _kept(run, config) or _finished(run, config)
                 if finished is not None:
                     return State(run, words, FINISHED, finished.status)
-            if run.task == "infer":
-                asked[run.name] = questions_of(config)
             making = run.task != "evaluate" and (base.needs_making(config) or pruning.needs_making(config))
             judged = asked.get(run.needs[0], 0) if run.task == "evaluate" else 0
             expected = estimate(run.task, config, making, judged)

@@ -66,7 +66,8 @@ def protocol_of(options: Options) -> str:
         return RESOURCES
     config = composed("infer", [word for word in options.overrides if word.split("=")[0] in ("model", "gpu")])
     on_cpu = resolve_device(dict(config.gpu))["device"] == "cpu"
-    return SMALL if config.model.get("source") == EMBEDDED or on_cpu else PAPER
+    embedded = options.named("model") is not None and config.model.get("source") == EMBEDDED
+    return SMALL if embedded or on_cpu else PAPER
 
 
 def group_of(word: str) -> str:
@@ -78,7 +79,7 @@ class _Builder:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.protocol = protocol_of(options)
-        model = options.named("model") or PAPER
+        model = options.named("model") or "llama2"
         self.out = Path(options.out or Path(options.paths["output"]) / "paper" / f"{model}_{self.protocol}")
         self.keys = {task: set(composed(task, [])) for task in ("infer", "train", "evaluate")}
         taken = {word for task in self.keys for word in self._own(task)}
@@ -125,7 +126,7 @@ class _Builder:
             return
         left_out = NOT_FULL if self.protocol == PAPER and not self.options.full else None
         words, stock = self._words("infer", self.options.stock), self.options.stock
-        yield self._run(stock, stock, ANSWERS, "infer", words, left_out=left_out)
+        yield self._run(stock, stock, ANSWERS, "infer", words)
         for row in finetuning:
             base = composed("train", self._words("train", row))
             adapter = (f"quant={base.quant.name}", f"dtype={base.dtype}", f"adapter_path={self.out / row}")
