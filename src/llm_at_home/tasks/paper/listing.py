@@ -66,7 +66,8 @@ def _caveats(found: Sequence[Estimate]) -> list[str]:
         return []
     return [
         "Time and energy are scaled from the committed record named, whatever machine made it; two hosts with one card",
-        "differed by 1.6 times. Memory is predicted for a GPU (error: docs/planner.md), for a CPU that record's.",
+        "differed by 1.6 times. Making a checkpoint is taken to be as long as there, with however much calibration text.",
+        "Memory is predicted for a GPU (error: docs/planner.md), for a CPU that record's.",
     ]
 
 
