@@ -44,7 +44,7 @@ def of(task, *words):
 
 
 def test_every_row_that_the_paper_published_is_among_the_runs(progress):
-    runs = progress("dry_run=true").planned
+    runs = progress("protocol=paper").planned
     found = [(run, composed(run.task, run.words)) for run in runs if run.kind in (rows.INFERENCE, rows.FINETUNING)]
     inferred = {(c.quant.name, c.dtype) for run, c in found if run.task == "infer"}
     trained = {(c.adapter.name, c.quant.name, c.dtype) for run, c in found if run.task == "train"}
@@ -76,6 +76,14 @@ def test_full_is_all_of_the_paper_s_steps_and_what_follows_from_them(progress):
     assert "quant=nf4" in whole["q_lora_answers"].words
     assert whole["q_lora_answers_pairwise"].baselines == ("stock",)
     assert composed("evaluate", whole["q_lora_answers_single"].words).judge.name == "gpt4"
+
+
+def test_weights_of_the_user_s_own_are_the_chat_model_s_or_the_base_s(progress):
+    runs = progress("protocol=paper", "rows=[nf4,q_lora]", "chat_source=CHAT", "base_source=BASE", "judge=gpt4").planned
+    found = {run.name: [word for word in run.words if word.startswith("model.source=")] for run in runs}
+    assert found["nf4"] == ["model.source=CHAT"]
+    assert found["q_lora"] == found["stock"] == found["q_lora_answers"] == ["model.source=BASE"]
+    assert found["nf4_single"] == []
 
 
 def test_gpt_4_is_asked_only_when_it_is_named(progress):

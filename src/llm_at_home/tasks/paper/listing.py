@@ -66,7 +66,7 @@ def _caveats(found: Sequence[Estimate]) -> list[str]:
         return []
     return [
         "Time and energy are scaled from the committed record named, whatever machine made it; two hosts with one card",
-        "differed by 1.6 times. Making a checkpoint is taken to be as long as there, with however much calibration text.",
+        "differed by 1.6 times. Making a checkpoint is taken to be as long as there, whatever its calibration text is.",
         "Memory is predicted for a GPU (error: docs/planner.md), for a CPU that record's.",
     ]
 

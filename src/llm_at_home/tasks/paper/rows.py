@@ -109,12 +109,18 @@ class _Builder:
         protocol = self.options.protocols[self.protocol]
         second = protocol[task]
         experiment = f"experiment=[paper/{row},{second}]" if second else f"experiment=paper/{row}"
-        words = [experiment, *self._own(task)]
+        words = [experiment, *self._source(task, row), *self._own(task)]
         if task == "infer" and protocol["calibrated"] and "calibration" in composed(task, words).quant:
             words[1:1] = protocol["calibrated"]
         if self.options.paths["output"] != "multirun":
             words.append(f"paths.output={self.options.paths['output']}")
         return tuple(words)
+
+    def _source(self, task: str, row: str) -> list[str]:
+        """Where the user has the paper's weights: the base's, which is fine-tuned, or the chat model's."""
+        is_base = task == "train" or row == self.options.stock
+        where = self.options.base_source if is_base else self.options.chat_source
+        return [f"model.source={where}"] if where and task != "evaluate" else []
 
     def _training(self, row: str) -> tuple[str, ...]:
         full = (f"trainer.max_steps={self.options.steps}",) if self.options.full else ()
