@@ -217,6 +217,9 @@ def test_grades_that_nobody_gave_are_unknown_beside_the_published_ones(progress)
     assert grades["ours"]["value"] is None
     assert grades["ours"]["reason"] == "nobody has graded this yet"
     assert grades["published"]["mean"] == 2.9
+    other = store.load(ROOT / "results/two_core_cpu/methods/gptq_3/infer")  # the paper's GPTQ has four bits
+    beside = summary.row(run, "ok", "", other, 15000, None)
+    assert (beside.published, beside.grades["published"]) == (None, None)
     study = Record("human", config={"models": [{"label": "A", "config_hash": record.config_hash}]})
     study.quality["human_grade/A"] = Reading(3.5, "points", "people", n=40)
     assert summary.row(run, "ok", "", record, 15000, study).grades["ours"]["value"] == 3.5
@@ -239,8 +242,10 @@ def test_rows_run_are_skipped_the_second_time_and_the_summary_tells_them(tmp_pat
     finally:
         said = capsys.readouterr()
     assert "## Table III" in said.out, said.err
-    kept = json.loads((tmp_path / "paper" / "paper.json").read_text())["rows"]
+    found = json.loads((tmp_path / "paper" / "paper.json").read_text())["rows"]
+    kept = [row for row in found if row["status"] != summary.NOT_YET]
     assert {row["status"] for row in kept} == {"ok"}
+    assert len(found) == 65
     by_name = {row["run"]: row for row in kept}
     assert by_name["q_lora"]["extrapolated"]["time"]["method"].endswith("scaled from 2 steps to 15,000")
     assert by_name["none_float32_single"]["measured"]["judge_score_mean"]["value"] > 0

@@ -81,13 +81,6 @@ class Progress:
                 break
         return int(bool({"failed", "timed_out", "interrupted"} & set(self.ended.values())))
 
-    def record(self, name: str) -> Record | None:
-        """The record of a run that ended, or None."""
-        try:
-            return store.load(self.folders[name])
-        except (Refusal, KeyError):
-            return None
-
     def _run(self, run: Run, title: str) -> tuple[str, str]:
         lacking = [name for name in run.needs if self.ended.get(name) not in ENDED_WELL]
         words = (*run.words, *baseline_words(run, self.folders, self._ended_well()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from llm_at_home.errors import Refusal
 from llm_at_home.human.means import NOBODY, UNIT, grade_name
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.reporting import published
+from llm_at_home.reporting import facts, published
 from llm_at_home.tasks.paper.options import Options
-from llm_at_home.tasks.paper.progress import Progress
-from llm_at_home.tasks.paper.rows import ANSWERS, FINETUNING, INFERENCE, PAIRWISE, SINGLE, Run
+from llm_at_home.tasks.paper.progress import LEFT_OUT, REFUSED, Progress
+from llm_at_home.tasks.paper.rows import ANSWERS, FINETUNING, INFERENCE, PAIRWISE, SINGLE, Run, runs
 
 JSON, TEXT = "paper.json", "paper.md"
 DASH = "–"
+NOT_YET = "not run yet"
 MEMORY = ("process_memory_peak", "resident_set_peak")
 HOURS = 3600
+PAPER_BITS = 4
 # Figures of each kind of run that was measured; the first of several that is known.
 MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
     INFERENCE: {
@@ -69,23 +71,35 @@ class Row:
 
 
 def write(progress: Progress, folder: Path, options: Options) -> str:
-    """Write ``paper.json`` and ``paper.md`` into the folder of the runs, and give the text."""
+    """Write ``paper.json`` and ``paper.md`` into the folder of the runs, and give the text.
+
+    They tell of every row, also where the command ran some alone.
+    """
     found = list(_rows(progress, options))
     store.write_json(folder / JSON, {"rows": [row.values() for row in found]})
-    text = as_markdown(found)
+    text = f"{_title(found)}\n\n{as_markdown(found)}"
     (folder / TEXT).write_text(text, encoding="utf-8")
     return f"{text}\nkept in {folder}: {TEXT}, {JSON}"
 
 
+def _title(rows: Sequence[Row]) -> str:
+    """Whose figures stand beside whose."""
+    ours = {
+        (facts.model(record), facts.host(record))
+        for row in rows
+        if (record := _record(row.run.folder)) and row.measured
+    }
+    said = "; ".join(f"{model} on {host}" for model, host in sorted(ours))
+    theirs = f"Llama-2-7B on {published.table1()['device']}"
+    return f"# The paper's tables\n\nOurs: {said or 'nothing yet'}. The paper's: {theirs}."
+
+
 def _rows(progress: Progress, options: Options) -> Iterator[Row]:
-    study = _study(Path(options.study))
-    for run in progress.planned:
-        status = progress.ended.get(run.name, "not run yet")
-        record = progress.record(run.name)
-        if status not in ("left out", "refused", "not run yet") and record is not None:
-            status = record.status
-        else:
-            record = None
+    study = _record(Path(options.study))
+    for run in runs(dataclasses.replace(options, values={**options.values, "rows": None})):
+        status = progress.ended.get(run.name, NOT_YET)
+        record = None if status in (LEFT_OUT, REFUSED) else _record(run.folder)
+        status = record.status if record is not None else status
         yield row(run, status, progress.why.get(run.name, ""), record, options.steps, study)
 
 
@@ -106,15 +120,22 @@ def row(run: Run, status: str, why: str, record: Record | None, steps: int, stud
     if record is not None:
         measured = {name: _first(record, keys) for name, keys in MEASURED.get(run.kind, {}).items()}
         if run.kind == INFERENCE:
-            said = published.counterpart(record)
+            said = published.counterpart(record) if _as_published(record) else None
             scaled = {"energy": published.scaled_energy(record), "time": published.scaled_time(record)}
             extrapolated = {key: reading for key, reading in scaled.items() if reading is not None}
         if run.kind == FINETUNING:
             peft = record.config["adapter"].get("implementation", "peft") == "peft" or run.row != "lokr_peft"
             said = published.finetuning_counterpart(record) if peft else None
             extrapolated = scaled_training(record, steps)
-    grades = _grades(record, study) if run.kind in (INFERENCE, ANSWERS) and record is not None else None
+    # The base model before fine-tuning is in neither Table II nor IV.
+    graded = run.kind == INFERENCE or (run.kind == ANSWERS and bool(run.needs))
+    grades = _grades(record, study) if graded and record is not None else None
     return Row(run, status, why, measured, extrapolated, said, grades)
+
+
+def _as_published(record: Record) -> bool:
+    """Whether the bits are the paper's: its GPTQ and AWQ have four."""
+    return record.config["quant"].get("bits") in (None, PAPER_BITS)
 
 
 def scaled_training(record: Record, steps: int) -> dict[str, Reading]:
@@ -146,7 +167,7 @@ def _first(record: Record, keys: tuple[str, ...]) -> Reading:
     )
 
 
-def _study(folder: Path) -> Record | None:
+def _record(folder: Path) -> Record | None:
     try:
         return store.load(folder)
     except Refusal:
@@ -157,7 +178,7 @@ def _grades(record: Record, study: Record | None) -> dict[str, Any] | None:
     """People's mean grade of these answers, and the paper's of the same method."""
     quant = record.config["quant"]["name"]
     adapter = _adapter(record)
-    said = published.human_grades(quant, adapter)
+    said = published.human_grades(quant, adapter) if _as_published(record) else None
     ours = Reading.unknown(UNIT, NOBODY)
     for model in study.config["models"] if study is not None else []:
         if model["config_hash"] == record.config_hash and study is not None:
@@ -211,8 +232,9 @@ def _table(
     if not rows:
         return ""
     titles = ["run", *(name for name, _ in (*measured.values(), *extrapolated.values()))]
-    lines = [[*titles, *(f"paper: {name}" for name in said.values())]]
-    lines.append(["---"] * len(lines[0]))
+    titles += [f"paper, {published.table1()['device']}: {name}" for name in said.values()]
+    lines = [titles]
+    lines.append(["---"] * len(titles))
     for one in rows:
         name = one.run.name if one.status == "ok" else f"{one.run.name} ({one.status.replace('_', ' ')})"
         cells = [_cell(one.measured.get(key), digits) for key, (_, digits) in measured.items()]
@@ -244,5 +266,9 @@ def _not_run(rows: list[Row]) -> str:
     left = [row for row in rows if row.status not in ("ok", "out_of_memory")]
     if not left:
         return ""
-    lines = [f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left]
+    lines = [
+        f"- {row.run.name}: {row.status}{f': {row.why}' if row.why else ''}" for row in left if row.status != NOT_YET
+    ]
+    waiting = [row.run.name for row in left if row.status == NOT_YET]
+    lines += [f"- {NOT_YET}: {', '.join(waiting)}"] if waiting else []
     return "\n".join(["## Not run", "", *lines, ""])
