@@ -143,6 +143,13 @@ def test_a_refused_row_takes_what_follows_from_it_out(progress, monkeypatch):
     assert found.ended == {name: "refused" if name == "llamacpp" else "left out" for name in states}
 
 
+def test_an_override_that_one_row_does_not_take_refuses_that_row_alone(progress):
+    states = {state.run.name: state for state in progress(*EMBEDDED, "rows=[lora,adalora]", "adapter.r=4").look()}
+    assert states["lora"].status == RUN
+    assert (states["adalora"].status, states["adalora"].why) == (REFUSED, "Could not override 'adapter.r'.")
+    assert states["adalora_answers"].status == LEFT_OUT
+
+
 def test_one_failure_does_not_stop_the_others_and_is_told(progress, monkeypatch):
     statuses = {"nf4": "failed", "int8": "out_of_memory"}
 

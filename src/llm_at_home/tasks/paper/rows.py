@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.device import resolve_device
 from llm_at_home.models.source import EMBEDDED
@@ -110,8 +112,10 @@ class _Builder:
         second = protocol[task]
         experiment = f"experiment=[paper/{row},{second}]" if second else f"experiment=paper/{row}"
         words = [experiment, *self._source(task, row), *self._own(task)]
-        if task == "infer" and protocol["calibrated"] and "calibration" in composed(task, words).quant:
-            words[1:1] = protocol["calibrated"]
+        if task == "infer" and protocol["calibrated"]:
+            config = _tried(task, words)
+            if config is not None and "calibration" in config.quant:
+                words[1:1] = protocol["calibrated"]
         if self.options.paths["output"] != "multirun":
             words.append(f"paths.output={self.options.paths['output']}")
         return tuple(words)
@@ -134,8 +138,9 @@ class _Builder:
         words, stock = self._words("infer", self.options.stock), self.options.stock
         yield self._run(stock, stock, ANSWERS, "infer", words)
         for row in finetuning:
-            base = composed("train", self._words("train", row))
-            adapter = (f"quant={base.quant.name}", f"dtype={base.dtype}", f"adapter_path={self.out / row}")
+            base = _tried("train", self._words("train", row))
+            quantized = () if base is None else (f"quant={base.quant.name}", f"dtype={base.dtype}")
+            adapter = (*quantized, f"adapter_path={self.out / row}")
             name = f"{row}_{ANSWERS}"
             yield self._run(name, row, ANSWERS, "infer", (*words, *adapter), needs=(row,), left_out=left_out)
 
@@ -169,6 +174,14 @@ class _Builder:
                     baselines=baselines if kind == PAIRWISE else (),
                     left_out=why or left_out,
                 )
+
+
+def _tried(task: str, words: Sequence[str]) -> DictConfig | None:
+    """A run's configuration, or None where it is refused, which is told at its turn."""
+    try:
+        return composed(task, words)
+    except Refusal:
+        return None
 
 
 def baseline_words(run: Run, folders: Mapping[str, Path], ended_well: Sequence[str]) -> tuple[str, ...]:
