@@ -4,7 +4,7 @@ PY := .venv/bin/python
 DEMO ?= multirun/demo
 STUDY ?= multirun/study
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan quantize prune merge test test-slow lint format report readme ui rate study clean
+.PHONY: help setup demo paper plan quantize prune merge test test-slow lint format report readme ui rate study clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -20,13 +20,16 @@ demo: setup ## quantized inference, fine-tuning, evaluation and report on the em
 	$(PY) evaluate.py task=text adapter_path=$(DEMO)/train hydra.run.dir=$(DEMO)/after
 	$(PY) -m llm_at_home.reporting
 
+paper: setup ## every row of the paper, what is missing of it: make paper [MODEL=smollm2_135m] [--dry-run] [ARGS="full=true"]
+	+$(PY) -m llm_at_home.tasks.paper $(if $(MODEL),model=$(MODEL)) $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run) $(ARGS)
+
 quantize: setup ## make a quantized checkpoint ahead of its use: make quantize ARGS="quant=gptq quant.bits=3"
 	$(PY) -m llm_at_home.tasks.quantize $(ARGS)
 
 prune: setup ## make a pruned checkpoint ahead of its use: make prune ARGS="prune=wanda prune.pattern=2:4"
 	$(PY) -m llm_at_home.tasks.prune $(ARGS)
 
-plan: setup ## what a run takes of a GPU, before it starts: make plan ARGS="model=llama2_7b quant=nf4 adapter=lora gpu=rtx4090"
+plan: setup ## what to run, and what it takes of a GPU: make plan ARGS="task=chat gpu=rtx4090", ARGS="model=llama2_7b quant=nf4 gpu=t4"
 	$(PY) -m llm_at_home.planning $(ARGS)
 
 merge: setup ## merge an adapter into its base: make merge ARGS="adapter_path=RUN_FOLDER out=my-model gguf=Q8_0"

@@ -3,8 +3,9 @@
     python benchmarks/table1.py --out results/h100/table1 --minutes 25
     python benchmarks/table1.py --table results/h100/table1
 
-A row is one run of ``infer.py experiment=table1``, in a process of its own, and leaves ``OUT/<row>/record.json``. A row
-that is there (out of memory is a result) is not run again, so the same command goes on where an earlier one stopped.
+A row is one run of ``infer.py experiment=[paper/ROW,table1]``, in a process of its own, and leaves
+``OUT/<row>/record.json``. ``make paper`` runs those of batch 1 and more rows. A row that is there (out of memory is a
+result) is not run again, so the same command goes on where an earlier one stopped.
 The paper's own methods come first. Needs a GPU of 80 GB for float32.
 """
 
@@ -21,14 +22,10 @@ from llm_at_home.records import store
 from llm_at_home.records.schema import Record
 from llm_at_home.reporting import facts, published
 
-PAPER = {
-    "none_float32": ["quant=none", "dtype=float32"],
-    "none_bfloat16": ["quant=none", "dtype=bfloat16"],
-    **{name: [f"quant={name}"] for name in ("int8", "nf4", "nf4_nested")},
-    # As the checkpoints on the hub have it.
-    **{name: [f"quant={name}", "quant.group_size=128"] for name in ("gptq", "awq")},
-}
-OTHERS = {name: [f"quant={name}"] for name in ("fp4", "int4_torchao", "int8_torchao", "rtn")}
+# Of conf/experiment/paper, in the protocol of conf/experiment/table1.yaml.
+NAMES = ("none_float32", "none_bfloat16", "int8", "nf4", "nf4_nested", "gptq", "awq")
+PAPER = {name: [f"experiment=[paper/{name},table1]"] for name in NAMES}
+OTHERS = {name: ["experiment=table1", f"quant={name}"] for name in ("fp4", "int4_torchao", "int8_torchao", "rtn")}
 HEADLINE = ("decode_tokens_per_second", "energy_per_token", "torch_allocated_peak")
 
 
@@ -45,10 +42,7 @@ def rows(methods: list[str], batches: list[int]) -> list[tuple[str, list[str]]]:
 
 def measure(args: argparse.Namespace) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record."""
-    commands = [
-        (name, ["infer.py", "experiment=table1", *words, *args.overrides])
-        for name, words in rows(args.rows, args.batches)
-    ]
+    commands = [(name, ["infer.py", *words, *args.overrides]) for name, words in rows(args.rows, args.batches)]
     return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 
 

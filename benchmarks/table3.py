@@ -3,8 +3,9 @@
     python benchmarks/table3.py --out results/h100/table3 --minutes 15
     python benchmarks/table3.py --table results/h100/table3
 
-A row is one run of ``train.py experiment=table3``, in a process of its own, and leaves ``OUT/<row>/record.json``. A row
-that is there (out of memory is a result) is not run again, so the same command goes on where an earlier one stopped.
+A row is one run of ``train.py experiment=[paper/ROW,table3]``, in a process of its own, and leaves
+``OUT/<row>/record.json``. ``make paper`` runs the paper's own. A row that is there (out of memory is a result) is not
+run again, so the same command goes on where an earlier one stopped.
 Needs a GPU of 80 GB for the float32 rows.
 """
 
@@ -21,20 +22,17 @@ from llm_at_home.records import store
 from llm_at_home.records.schema import Record
 from llm_at_home.reporting import facts, published
 
-BASES = {
-    "float32": ["quant=none", "dtype=float32"],
-    "bfloat16": ["quant=none", "dtype=bfloat16"],
-    "nf4": ["quant=nf4", "dtype=bfloat16"],
-}
-ADAPTERS = {name: [f"adapter={name}"] for name in ("lora", "adalora", "lokr")}
-PEFT_LOKR = ["adapter=lokr", "adapter.implementation=peft"]
+# Of conf/experiment/paper, in the protocol of conf/experiment/table3.yaml; then what stands beside them.
+PAPER = ("lora", "adalora", "lokr")
+HALVED = ["experiment=table3", "quant=none", "dtype=bfloat16"]
+NF4 = ["experiment=table3", "quant=nf4", "dtype=bfloat16"]
 ROWS = {
-    **{f"{name}_float32": [*words, *BASES["float32"]] for name, words in ADAPTERS.items()},
-    **{f"{name}_nf4": [*words, *BASES["nf4"]] for name, words in ADAPTERS.items()},
-    "lokr_peft_float32": [*PEFT_LOKR, *BASES["float32"]],
-    **{f"{name}_bfloat16": [*words, *BASES["bfloat16"]] for name, words in ADAPTERS.items()},
-    "lokr_peft_bfloat16": [*PEFT_LOKR, *BASES["bfloat16"]],
-    **{f"{name}_nf4": [f"adapter={name}", *BASES["nf4"]] for name in ("bottleneck", "oft", "vera", "dora", "loha")},
+    **{f"{name}_float32": [f"experiment=[paper/{name},table3]"] for name in PAPER},
+    **{f"{name}_nf4": [f"experiment=[paper/q_{name},table3]"] for name in PAPER},
+    "lokr_peft_float32": ["experiment=[paper/lokr_peft,table3]"],
+    **{f"{name}_bfloat16": [*HALVED, f"adapter={name}"] for name in PAPER},
+    "lokr_peft_bfloat16": [*HALVED, "adapter=lokr", "adapter.implementation=peft"],
+    **{f"{name}_nf4": [*NF4, f"adapter={name}"] for name in ("bottleneck", "oft", "vera", "dora", "loha")},
 }
 HEADLINE = ("steps_per_second", "energy_per_step", "torch_allocated_peak")
 MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak", "device_memory_peak")
@@ -43,8 +41,7 @@ MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak", 
 def measure(args: argparse.Namespace) -> int:
     """Run every row that is not there yet, until the time is up; 1 when one left no usable record."""
     commands = [
-        (name, ["train.py", "experiment=table3", *words, *args.overrides])
-        for name, words in ((name, ROWS[name]) for name in args.rows)
+        (name, ["train.py", *words, *args.overrides]) for name, words in ((name, ROWS[name]) for name in args.rows)
     ]
     return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 

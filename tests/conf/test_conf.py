@@ -15,8 +15,15 @@ from llm_at_home.tasks import planned, resolve
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = ("train", "infer", "evaluate", "quantize", "prune", "merge")
 NO_GROUP = ("hydra",)
+PAPER = OmegaConf.load(CONF / "paper.yaml")
 # Each experiment and its command.
 EXPERIMENTS = {
+    **{f"paper/{row}": "infer" for row in ("inference", PAPER.stock, *PAPER.inference)},
+    **{f"paper/{row}": "train" for row in ("finetuning", *PAPER.finetuning)},
+    **{f"paper/{row}": "evaluate" for row in PAPER.judging},
+    "small/inference": "infer",
+    "small/finetuning": "train",
+    "small/judging": "evaluate",
     "handbook": "train",
     "demo": "infer",
     "table1": "infer",
@@ -61,7 +68,8 @@ def test_every_choice_composes_and_resolves(command, group, choice):
 
 
 def test_every_experiment_is_tested():
-    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
+    folder = CONF / "experiment"
+    assert {str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")} == set(EXPERIMENTS)
 
 
 def targets() -> list[tuple[Path, str]]:

@@ -69,7 +69,7 @@ def refusal(command: str, words: list[str]) -> str | None:
 def test_every_row_of_table_3_and_every_adapter_of_the_handbook_composes():
     table3, handbook = script("table3"), script("handbook")
     for words in table3.ROWS.values():
-        assert refusal("train", ["experiment=table3", *words]) is None
+        assert refusal("train", words) is None
     for words, rates in handbook.ADAPTERS.values():
         assert refusal("train", ["experiment=handbook", *words, f"optimizer.lr={rates[0]}", *handbook.TRIAL]) is None
 

@@ -52,7 +52,7 @@ def test_the_papers_rows_come_first_each_batch_in_turn(table1) -> None:
     assert names.index("awq_b64") < names.index("fp4_b1")
     assert len(set(names)) == len(names) == 22
     assert dict(table1.rows(["none_float32"], [4])) == {
-        "none_float32_b4": ["quant=none", "dtype=float32", "engine.batch_size=4"]
+        "none_float32_b4": ["experiment=[paper/none_float32,table1]", "engine.batch_size=4"]
     }
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card, is_card, load_catalogue
 from llm_at_home.hardware.present import present_gpus
+from llm_at_home.planning import advice, advice_text, values
 from llm_at_home.planning.plan import ANY_CAPABILITY, Target, make
 from llm_at_home.planning.text import as_text, as_values
+from llm_at_home.planning.values import one_line
 
+CONF = Path(__file__).resolve().parents[3] / "conf"
 OUTPUTS = ("table", "json")
 EXIT_REFUSED = 2
 
@@ -38,8 +45,12 @@ def target_of(gpu: dict[str, Any]) -> Target:
     return Target(gpu["name"], None, ANY_CAPABILITY)
 
 
-def answer(composed: DictConfig) -> str:
-    """The plan of a composed configuration, as ``out=`` says.
+def answer(composed: DictConfig, named: Collection[str] = ()) -> str:
+    """The plan of a composed configuration, or for ``task=chat`` and ``task=finetune`` what to choose.
+
+    Args:
+        composed: of ``conf/plan.yaml``.
+        named: the keys that the user gave.
 
     Raises:
         Refusal: with one line that says what to change.
@@ -52,15 +63,44 @@ def answer(composed: DictConfig) -> str:
         raise Refusal(f"out={config['out']} is unknown: choose one of {', '.join(OUTPUTS)}")
     if config["model"]["name"] is None:
         config["model"]["name"] = str(config["model"]["source"]).rstrip("/").rpartition("/")[2]
-    plan = make(config, target_of(config["gpu"]), list(load_catalogue().values()))
-    return as_text(plan) if config["out"] == "table" else json.dumps(as_values(plan), indent=1)
+    values.check(config)
+    target, cards = target_of(config["gpu"]), list(load_catalogue().values())
+    if config["task"] in advice.TASKS:
+        found = advice.advise(config, target, cards, named)
+        shown = advice_text.as_text(found) if config["out"] == "table" else advice_text.as_values(found)
+    else:
+        plan = make(config, target, cards)
+        shown = as_text(plan) if config["out"] == "table" else as_values(plan)
+    return shown if isinstance(shown, str) else json.dumps(shown, indent=1)
+
+
+def compose_plan(words: Sequence[str]) -> DictConfig:
+    """The configuration of a command line's overrides.
+
+    Raises:
+        Refusal: for what Hydra cannot compose, in one line.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("plan", list(words))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is null
+        raise Refusal(one_line(error)) from error
 
 
 @hydra.main(version_base="1.3", config_path="../../../conf", config_name="plan")
-def main(config: DictConfig) -> None:
+def with_flags(config: DictConfig) -> None:
+    """Print the plan where Hydra's own flags are used, such as --help and --cfg."""
+    print(answer(config))
+
+
+def main() -> None:
     """Print the plan; exit code 2 where it is refused."""
+    words = sys.argv[1:]
     try:
-        print(answer(config))
+        if any(word.startswith("-") for word in words):
+            with_flags()
+        else:
+            print(answer(compose_plan(words), {word.partition("=")[0].lstrip("+~") for word in words}))
     except Refusal as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)

@@ -10,7 +10,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card
 from llm_at_home.planning.prediction import Prediction
 from llm_at_home.planning.shape import Shape
-from llm_at_home.planning.training import predict_training, with_batch
+from llm_at_home.planning.training import accumulation, predict_training, with_batch
 
 # Beyond these no figure is asked for: a batch or a length that somebody would want.
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
@@ -86,7 +86,7 @@ def choose(config: Mapping[str, Any], memory: float, capability: tuple[int, int]
     Raises:
         Refusal: when nothing fits, naming what would make it fit.
     """
-    effective = config["data"]["batch_size"] * config["callbacks"]["accumulation"]["steps"]
+    effective = config["data"]["batch_size"] * accumulation(config)
     for checkpointing in _less_recomputing_first(config):
         for size in (size for size in range(effective, 0, -1) if effective % size == 0):
             candidate = _as(config, size, effective // size, checkpointing)
@@ -105,7 +105,8 @@ def _less_recomputing_first(config: Mapping[str, Any]) -> list[str | int]:
 
 
 def _as(config: Mapping[str, Any], size: int, steps: int, checkpointing: str | int) -> dict[str, Any]:
-    callbacks = {**config["callbacks"], "accumulation": {**config["callbacks"]["accumulation"], "steps": steps}}
+    before = config.get("callbacks") or {}
+    callbacks = {**before, "accumulation": {**(before.get("accumulation") or {}), "steps": steps}}
     memory = {**config["memory"], "checkpointing": checkpointing}
     return {**with_batch(config, size=size), "callbacks": callbacks, "memory": memory}
 
@@ -141,7 +142,7 @@ def _has_rank(config: Mapping[str, Any]) -> bool:
 def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[int, int]) -> str:
     """One line: what the least way takes, and the first choices that would make it fit."""
     least = _as(config, 1, 1, _less_recomputing_first(config)[-1])
-    steps = config["data"]["batch_size"] * config["callbacks"]["accumulation"]["steps"]
+    steps = config["data"]["batch_size"] * accumulation(config)
     least = {**least, "callbacks": {**least["callbacks"], "accumulation": {"steps": steps}}}
     need = predict_training(least, capability).process / 1e9
     said = (

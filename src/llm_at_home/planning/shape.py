@@ -83,6 +83,9 @@ class Shape:
         missing = [key for key in needed if not config.get(key)]
         if missing:
             raise Refusal(f"the architecture of {name} lacks {', '.join(missing)}")
+        for key in (*needed, "num_key_value_heads", "head_dim"):
+            if config.get(key) is not None and (type(config[key]) is not int or config[key] < 1):
+                raise Refusal(f"the architecture of {name} has {key}={config[key]}: give a whole number of at least 1")
         heads = config["num_attention_heads"]
         head = config.get("head_dim") or config["hidden_size"] // heads
         return cls(

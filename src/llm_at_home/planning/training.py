@@ -174,7 +174,7 @@ def _without_training(config: Mapping[str, Any], shape: Shape, batch: Batch, sta
 
 def accumulation(config: Mapping[str, Any]) -> int:
     """Micro-batches of an optimizer step; of a schedule the most."""
-    steps = (config.get("callbacks") or {}).get("accumulation", {}).get("steps", 1)
+    steps = ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)
     return max(int(count) for count in steps.values()) if isinstance(steps, Mapping) else int(steps)
 
 

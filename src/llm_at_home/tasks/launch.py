@@ -87,7 +87,7 @@ def job(task: str, composed: DictConfig) -> float | None:
             outcome.status = "ok"
         else:
             parent = str(Path(hydra.sweep.dir).resolve()) if is_sweep else None
-            outcome.status, record = _run_or_skip(task, config, folder, parent)
+            outcome.status, record = run_or_skip(task, config, folder, parent)
             metric = _metric(record, config["metric"])
     except Refusal as refusal:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -101,7 +101,21 @@ def job(task: str, composed: DictConfig) -> float | None:
     return metric
 
 
-def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | None) -> tuple[str, Record | None]:
+def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | None) -> tuple[str, Record | None]:
+    """Run a resolved and checked job in a child process, unless a finished run has its hash.
+
+    Args:
+        task: the command.
+        config: as :func:`resolve.resolve` gives it.
+        folder: the run folder.
+        parent: names the sweep that the job belongs to, for MLflow; None without one.
+
+    Returns:
+        The record's status, or ``skipped``, and the record.
+
+    Raises:
+        Refusal: where the job finds only when it has loaded something that it cannot work.
+    """
     digest = hashing.config_hash(config, resolve.ingredients(task, config))
     root = Path(config["paths"]["output"])
     finished = None if config["rerun"] else store.find_finished(digest, root)
@@ -114,7 +128,7 @@ def _run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | 
     if lacking is not None:
         # In a process of its own, so that neither its time nor its memory counts as the job's.
         maker, what, own = lacking
-        status, making = _run_or_skip(maker, own, folder / MAKING, parent=None)
+        status, making = run_or_skip(maker, own, folder / MAKING, parent=None)
         if status != "ok":
             record = Record(task, status, config, digest, provenance=provenance.collect({"seed": config["seed"]}))
             why = (making.error or {}).get("message", status) if making else status
