@@ -12,10 +12,15 @@ from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import facts
 
 
+#: The file that holds the published figures, to which each of them links.
+SOURCE = Path(__file__).with_name("published.yaml")
+#: What stands in the place of a figure that was published as "out of memory".
+OUT_OF_MEMORY = "oom"
+
+
 @functools.cache
 def _published() -> dict[str, Any]:
-    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
     return found
 
 
@@ -29,6 +34,17 @@ def table3() -> dict[str, Any]:
     """The paper's Table III: ``device``, ``workload``, ``steps`` and ``rows``."""
     found: dict[str, Any] = _published()["table_3"]
     return found
+
+
+def grades_table(tuned: bool) -> dict[str, Any]:
+    """The paper's Table II, or IV of the fine-tuned models: ``workload`` and ``rows``."""
+    found: dict[str, Any] = _published()["table_4" if tuned else "table_2"]
+    return found
+
+
+def errata(table: int) -> list[str]:
+    """What is known to be wrong or unsaid in the printed figures of a table."""
+    return [one["text"] for one in _published()["errata"] if one["table"] == table]
 
 
 def human_grades(quant: str, adapter: str) -> dict[str, Any] | None:
