@@ -8,6 +8,7 @@ from llm_at_home.hardware.catalogue import Card, Price, load_catalogue
 from llm_at_home.reporting.cells import Row, Table
 from llm_at_home.reporting.marks import Group, Line, Marked, draw
 from llm_at_home.reporting.paper import of_the_paper
+from llm_at_home.reporting.tables import EMULATED
 
 #: Of conf/gpu: what people have, what they buy for this, and what the paper measured on.
 POPULAR = ("rtx4060", "rtx3060", "t4", "rtx4090", "rtx5090", "a100_40gb", "a6000", "h100")
@@ -15,10 +16,13 @@ POPULAR = ("rtx4060", "rtx3060", "t4", "rtx4090", "rtx5090", "a100_40gb", "a6000
 
 def figure(tables: Sequence[Table]) -> Marked | None:
     """Memory of the rows of Tables I and III with the published figure beside ours; None where nothing is known."""
-    groups = [_group(table, row) for table in tables for row in of_the_paper(table)]
+    # An emulated card holds what its host does; that it fits or not is in the table.
+    rows = [(table, row) for table in tables for row in of_the_paper(table) if EMULATED not in row.marks]
+    groups = [_group(table, row) for table, row in rows]
     groups = [group for group in groups if any(value is not None for value in group.values)]
     if not groups:
         return None
+    devices = " and ".join(sorted({row.cells["device"].entries[0].text for _, row in rows if row.run}))
     lines = [Line(card.memory, _said(card)) for card in _popular()]
     top = max(value for group in groups for value in group.values if value is not None)
     # One card that holds everything is enough; larger ones would only make each bar shorter.
@@ -26,8 +30,8 @@ def figure(tables: Sequence[Table]) -> Marked | None:
     return draw(
         "memory",
         "Figure 1: memory of each method, and the cards that hold it",
-        "Less is better. Ours is the process on an H100 with the paper's architecture, published is the A100's figure. "
-        "Dashed lines: what CUDA offers on a card. Prices are as old as they say; cards without one are rented.",
+        f"Less is better. Ours: the process on {devices or 'no card yet'}; published: on an A100. Dashed lines: what CUDA "
+        "offers on a card. A price is as old as it says; a card that has none to buy is rented.",
         ("ours, GB", "published, GB"),
         groups,
         [line for line in lines if not larger or line.value <= larger[0]],
@@ -39,9 +43,11 @@ def _group(table: Table, row: Row) -> Group:
     cells = [row.cells[key].entries[0] for key in ("memory", "memory_published")]
     values = tuple(entry.value if isinstance(entry.value, float) else None for entry in cells)
     task = "inference" if table.key == "table-1" else "fine-tuning"
+    name = row.cells["method"].entries[0].text
+    # The paper's name is enough where there is one, but its LoKr may be PEFT's own here or not.
+    short = name.partition(" (")[0] + (" of PEFT" if "of PEFT" in name else "")
     dtype = row.cells["model"].entries[0].text.split(", ")[1:2] if row.run else []
-    name = ", ".join([row.cells["method"].entries[0].text, *dtype, *row.marks[1:]])
-    return Group(f"{task}: {name}", values, tuple(entry.source for entry in cells))
+    return Group(f"{task}: {', '.join([short, *dtype])}", values, tuple(entry.source for entry in cells))
 
 
 def _popular() -> list[Card]:

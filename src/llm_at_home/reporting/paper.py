@@ -15,6 +15,7 @@ from llm_at_home.reporting.tables import MARK_NOTES, marks_of
 #: The architecture of the paper's models, by the names of conf/model.
 ARCHITECTURE = ("llama2_7b", "llama2_7b_chat")
 _UNPUBLISHED = "not published"
+_OOM = "OOM"
 _OUT_OF_MEMORY = "published as out of memory"
 _NOT_IN_PAPER = "the paper has no such row"
 _CPU = "a CPU has no memory of a card; its resident set is in the table of all runs"
@@ -73,7 +74,7 @@ def tables(loaded: Loaded) -> tuple[Table, Table]:
         f"Published: {one['workload']}, on {one['device']} and T4. Ours: what each row says, one conversation at a "
         f"time. Our memory is that of the process on the card. Energy is scaled to {one['generated_tokens']:,} tokens, "
         "which the published energies imply, from our J/token. No row is the paper's own setting where model, device "
-        "or protocol differ: compare within a column, and between columns only in order.",
+        "or protocol differ: compare within a column, and between columns only in order. Cards of one name stand in hosts of different speed.",
         (*_WHO, *_MEMORY, *_speed("tokens/s", 2), *_ENERGY),
         "output_tokens_per_second",
         "tokens_per_second",
@@ -159,7 +160,7 @@ def _printed(kind: _Kind, key: str, value: Any, row: dict[str, Any] | None) -> E
     if value is None:
         return unknown(_UNPUBLISHED if row else _NOT_IN_PAPER)
     if value == published.OUT_OF_MEMORY:
-        return unknown(_OUT_OF_MEMORY)
+        return Entry(_OOM, reason=_OUT_OF_MEMORY)
     column = next(column for column in kind.columns if column.key == key)
     return Entry(number(value, column.decimals), float(value), detail="as published", source=published.SOURCE)
 
@@ -173,7 +174,7 @@ def _memory(kind: _Kind, run: Run) -> Entry:
     if facts.on_cpu(run.record):
         return unknown(_CPU)
     if run.record.status == "out_of_memory":
-        return unknown("out of memory here too: see the record", source=run.path)
+        return Entry(_OOM, reason="it ran out of memory: see the record")
     return _entry(kind, "memory", run.record.readings.get("process_memory_peak"), run)
 
 
@@ -185,11 +186,12 @@ def _model(record: Record) -> str:
 def _answering(record: Record) -> str:
     questions, engine = facts.at(record.config, "questions"), facts.at(record.config, "engine")
     prompts = facts.at(questions, "prompt_tokens")
-    said = [f"prompts of {prompts} random tokens" if prompts else facts.name_at(questions, "name")]
-    said += [f"up to {facts.name_at(engine, 'max_new_tokens')} new tokens"]
-    said += [f"engine {facts.name_at(engine, 'name')}"]
+    said = [f"{prompts} random tokens" if prompts else facts.name_at(questions, "name")]
+    said += [f"up to {facts.name_at(engine, 'max_new_tokens')} new"]
+    # The paper's was transformers' generate, which is this engine.
+    said += [f"engine {name}" for name in [facts.name_at(engine, "name")] if name != "eager"]
     made = record.counts.get("generated_tokens")
-    return ", ".join([*said, *([f"{made:,} tokens made"] if isinstance(made, int) else [])])
+    return ", ".join([*said, *([f"{made:,} made"] if isinstance(made, int) else [])])
 
 
 def _training(record: Record) -> str:
@@ -229,12 +231,13 @@ def _finetuning(loaded: Loaded) -> list[Run]:
 
 
 def _newest(runs: Iterable[Run]) -> list[Run]:
-    """One run of each method, model and device: a finished one first, then that of the most tokens, then the newest."""
+    """One run of each method, model and device: a finished one with a speed first, then that of the most tokens, then the newest."""
     best: dict[tuple[object, ...], Run] = {}
 
-    def rank(run: Run) -> tuple[bool, int, float]:
-        made = run.record.counts.get("generated_tokens", 0)
-        return run.record.status == "ok", made if isinstance(made, int) else 0, run.when.timestamp()
+    def rank(run: Run) -> tuple[bool, bool, int, float]:
+        made, readings = run.record.counts.get("generated_tokens", 0), run.record.readings
+        told = "output_tokens_per_second" in readings or "steps_per_second" in readings
+        return run.record.status == "ok", told, made if isinstance(made, int) else 0, run.when.timestamp()
 
     for run in runs:
         record = run.record

@@ -18,6 +18,7 @@ from llm_at_home.reporting.tables import EMULATED, MARK_NOTES, marks_of
 _PEAKS = (("allocated", "torch_allocated_peak", "tensors"), ("process", "process_memory_peak", "process"))
 # What a foreign or older configuration can lack on its way through the planner.
 _UNPLANNED = (Refusal, KeyError, TypeError, ValueError, AttributeError)
+_NAMED = 2.0  # per cent: dots this far off have a label, or labels would hide the rest
 _COLUMNS = (
     Column("run", "Run", kind="text"),
     Column("task", "Task", kind="text"),
@@ -66,19 +67,23 @@ def figure(table: Table) -> Plot | None:
         label = row.cells["run"].entries[0].text
         told = f"{label}: predicted {predicted.text} GB, measured {measured.text} GB, error {error.text} %"
         y = _value(row, "process_predicted")
-        dots.append(Dot(label, told, _value(row, "process_measured"), y, (y, y), False))
+        shown = label if abs(_value(row, "process_error")) >= _NAMED else ""
+        dots.append(Dot(shown, told, _value(row, "process_measured"), y, (y, y), False))
     ends = [dot.x for dot in dots] + [dot.y for dot in dots]
     worst = max(abs(_value(row, "process_error")) for row in known)
     return lay_out(
         "planner",
         "Predicted over measured peak of the process",
         f"On the dashed line a prediction is right; the largest error of these {len(known)} is {worst:.1f} %. "
-        "Both axes are logarithmic.",
+        f"Named: {_NAMED:g} % and more. Both axes are logarithmic.",
         ("measured, GB", "predicted, GB"),
         dots,
         Data(
             ("run", "measured, GB", "predicted, GB", "error, %"),
-            tuple((dot.label, dot.x, dot.y, _value(row, "process_error")) for dot, row in zip(dots, known, strict=True)),
+            tuple(
+                (row.cells["run"].entries[0].text, dot.x, dot.y, _value(row, "process_error"))
+                for dot, row in zip(dots, known, strict=True)
+            ),
             tuple(row.source for row in known),
         ),
         line=((min(ends), min(ends)), (max(ends), max(ends))),

@@ -28,7 +28,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point before it has a place: its figures, the ends of its interval, its label and what it says."""
+    """A point before it has a place: its figures, the ends of its interval, its label, which may be empty, and what it says."""
 
     label: str
     told: str
@@ -102,12 +102,14 @@ def lay_out(
         line: corners of a line in the axes' units, which is drawn through them.
     """
     dots = sorted(dots, key=lambda dot: dot.y, reverse=True)
-    height = _TOP + max(_LEAST_HEIGHT, _LINE * len(dots)) + _BOTTOM
+    height = _TOP + max(_LEAST_HEIGHT, _LINE * sum(bool(dot.label) for dot in dots)) + _BOTTOM
     ends = [end for dot in dots for end in dot.ends if end > 0]
     x = logarithmic([*(dot.x for dot in dots), *(corner[0] for corner in line)], _LEFT, _RIGHT)
     y = logarithmic([*(dot.y for dot in dots), *ends, *(corner[1] for corner in line)], height - _BOTTOM, _TOP)
     places = [y(dot.y) for dot in dots]
-    lines = _spread(places, _LINE, _TOP + _LINE / 2, height - _BOTTOM)
+    wanted = [place for dot, place in zip(dots, places, strict=True) if dot.label]
+    spread = iter(_spread(wanted, _LINE, _TOP + _LINE / 2, height - _BOTTOM))
+    lines = [next(spread) if dot.label else place for dot, place in zip(dots, places, strict=True)]
     points = tuple(
         Point(
             dot.label if len(dot.label) <= _LABEL_LENGTH else f"{dot.label[: _LABEL_LENGTH - 1]}…",

@@ -78,6 +78,9 @@ def _alike(record: Record, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if facts.pruning(record):
         return None  # nothing was pruned in the paper
     dtype = facts.name_at(record.config, "dtype")
+    # The paper quantized to 4 bits throughout.
+    if facts.at(record.config, "quant", "bits") not in (None, 4):
+        return None
     alike = (row for row in rows if row["quant"] == facts.quant(record))
     return next((row for row in alike if row["dtype"] in (None, dtype)), None)
 

@@ -14,8 +14,9 @@ from llm_at_home.reporting.figuredata import Data
 from llm_at_home.reporting.figures import labels
 from llm_at_home.reporting.plot import Tick
 
-_SIZE, _RADIUS = 380.0, 116.0  # of a phone's width, so that text does not shrink there
-_MARGIN = 28.0  # below the last name, where the key begins
+_SIZE, _RADIUS = 400.0, 116.0  # of a phone's width, so that text does not shrink there
+_MARGIN = 42.0  # below the last name, where the key begins
+_HEAD = 48.0  # above the first name
 _KEY_LINE = 18.0
 _LABEL_LENGTH = 52
 _MOST = 6  # more outlines in one chart cannot be told apart
@@ -67,13 +68,14 @@ class Radar:
     data: Data
     size: float = _SIZE
     margin: float = _MARGIN
+    head: float = _HEAD
     kind: ClassVar[str] = "radar"
     wide: ClassVar[bool] = False
 
     @property
     def height(self) -> float:
         """With the key, a line an outline."""
-        return self.size - self.margin + _KEY_LINE * (len(self.outlines) + 0.5)
+        return self.size - self.head - self.margin + _KEY_LINE * (len(self.outlines) + 0.5)
 
 
 def radars(table: Table) -> tuple[Radar, ...]:

@@ -85,7 +85,8 @@ def _plot(key: str, title: str, rows: Sequence[Row], x: str, pareto: bool) -> Pl
     best = front([(dot.x, dot.y) for dot in dots if not dot.marked]) if pareto else []
     shown = [row for _, row in known]
     notes = ["Lower is closer to the unquantized model, further left is smaller. Both axes are logarithmic."]
-    notes += ["The dashed line joins those that no other beats in both."] if best else []
+    notes += ["The dashed line joins those that no other beats in both."] if len(best) > 1 else []
+    notes += [f"{_names(dots, best)} beats all others in both." for _ in [0] if len(best) == 1]
     notes += ["Whiskers: 95 % interval."] if any(dot.ends[0] != dot.ends[1] for dot in dots) else []
     notes += ["Muted points: see the marks in the table."] if any(dot.marked for dot in dots) else []
     missing = [f"{label} ({_absence(row, x)})" for label, row in labelled if row not in shown]
@@ -116,6 +117,10 @@ def _plot(key: str, title: str, rows: Sequence[Row], x: str, pareto: bool) -> Pl
         x_ticks=_BIT_TICKS if x == _BITS else None,
         line=steps(best),
     )
+
+
+def _names(dots: Sequence[Dot], best: Sequence[tuple[float, float]]) -> str:
+    return " and ".join(dot.label for dot in dots if _on(dot, best) == "yes")
 
 
 def _on(dot: Dot, best: Sequence[tuple[float, float]]) -> str:
