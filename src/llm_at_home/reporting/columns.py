@@ -34,9 +34,7 @@ _ENERGY = (
     Column("energy_gross", "gross", "Energy", unit="Wh", decimals=2, better="lower"),
     Column("energy_net", "net", "Energy", unit="Wh", decimals=2, better="lower"),
 )
-ENERGY_PER_TOKEN = Column(
-    "energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token"
-)
+ENERGY_PER_TOKEN = Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token")
 INFERENCE = (
     _MODEL,
     _QUANT,

@@ -34,7 +34,7 @@ def table(loaded: Loaded, prices: Prices) -> Table | None:
         "cost",
         "Cost of a million tokens",
         "From the measured rate, prompts included, and the measured energy of the card (not of the machine around it). "
-        "Rent is the card's price by the hour of conf/gpu; electricity and the hours of a bought card are yours to set.",
+        "Rent is the card's price by the hour in conf/gpu; electricity and a bought card's hours are yours to set.",
         columns,
         tuple(rows),
         MARK_NOTES,
@@ -79,9 +79,8 @@ def figure(table: Table, prices: Prices) -> tuple[Marked, ...]:
 
 
 def _label(row: Row) -> str:
-    return ", ".join(row.cells[key].entries[0].text for key in ("quant", "dtype")) + (
-        f", batch {row.cells['batch_size'].entries[0].text}"
-    )
+    quant, dtype, batch = (row.cells[key].entries[0].text for key in ("quant", "dtype", "batch_size"))
+    return f"batch {batch}: {quant}, {dtype}"
 
 
 def _columns(rows: list[Row], prices: Prices) -> tuple[Column, ...]:
@@ -103,9 +102,7 @@ def _columns(rows: list[Row], prices: Prices) -> tuple[Column, ...]:
 def _priced(rows: list[Row], kind: str, title: str) -> list[Column]:
     """A column for each currency that cards are priced in: amounts in two currencies are nothing to compare."""
     keys = sorted({key for row in rows for key in row.cells if key.startswith(f"{kind}_")})
-    return [
-        Column(key, title, "A million tokens", unit=key.removeprefix(f"{kind}_"), better="lower") for key in keys
-    ]
+    return [Column(key, title, "A million tokens", unit=key.removeprefix(f"{kind}_"), better="lower") for key in keys]
 
 
 def _filled(cells: dict[str, Cell], columns: tuple[Column, ...]) -> dict[str, Cell]:

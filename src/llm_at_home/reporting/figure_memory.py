@@ -30,8 +30,8 @@ def figure(tables: Sequence[Table]) -> Marked | None:
     return draw(
         "memory",
         "Figure 1: memory of each method, and the cards that hold it",
-        f"Less is better. Ours: the process on {devices or 'no card yet'}; published: on an A100. Dashed lines: what CUDA "
-        "offers on a card. A price is as old as it says; a card that has none to buy is rented.",
+        f"Less is better. Ours: the process on {devices or 'no card yet'}; published: on an A100. Dashed lines: what "
+        "CUDA offers on a card. A price is as old as it says; a card that has none to buy is rented.",
         ("ours, GB", "published, GB"),
         groups,
         [line for line in lines if not larger or line.value <= larger[0]],
@@ -68,4 +68,6 @@ def _price(card: Card) -> str:
 
 
 def _amount(price: Price) -> str:
-    return f"{price.value:,.0f} {price.currency}" if (price.value or 0) >= 100 else f"{price.value:.2f} {price.currency}"
+    return (
+        f"{price.value:,.0f} {price.currency}" if (price.value or 0) >= 100 else f"{price.value:.2f} {price.currency}"
+    )

@@ -9,7 +9,7 @@ from typing import ClassVar
 from llm_at_home.reporting.cells import Column, Row, Table
 from llm_at_home.reporting.figuredata import Data, interval
 
-_LABEL_LENGTH = 56
+_LABEL_LENGTH = 48  # what a phone can hold
 _MOST_BARS = 32
 # The rest of the width holds the value at the bar's end.
 _FULL_BAR = 80.0

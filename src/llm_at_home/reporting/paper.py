@@ -74,7 +74,8 @@ def tables(loaded: Loaded) -> tuple[Table, Table]:
         f"Published: {one['workload']}, on {one['device']} and T4. Ours: what each row says, one conversation at a "
         f"time. Our memory is that of the process on the card. Energy is scaled to {one['generated_tokens']:,} tokens, "
         "which the published energies imply, from our J/token. No row is the paper's own setting where model, device "
-        "or protocol differ: compare within a column, and between columns only in order. Cards of one name stand in hosts of different speed.",
+        "or protocol differ: compare within a column, and between columns only in order. "
+        "Cards of one name stand in hosts of different speed.",
         (*_WHO, *_MEMORY, *_speed("tokens/s", 2), *_ENERGY),
         "output_tokens_per_second",
         "tokens_per_second",
@@ -231,7 +232,7 @@ def _finetuning(loaded: Loaded) -> list[Run]:
 
 
 def _newest(runs: Iterable[Run]) -> list[Run]:
-    """One run of each method, model and device: a finished one with a speed first, then that of the most tokens, then the newest."""
+    """One run of each method, model and device: one with a speed first, then that of the most tokens, then the newest."""
     best: dict[tuple[object, ...], Run] = {}
 
     def rank(run: Run) -> tuple[bool, bool, int, float]:

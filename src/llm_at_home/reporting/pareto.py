@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 Pair = tuple[float, float]
 
@@ -19,6 +20,6 @@ def front(pairs: Iterable[Pair]) -> list[Pair]:
 def steps(best: Sequence[Pair]) -> list[Pair]:
     """The corners of the line below which nothing was measured: a step from each of the front to the next."""
     corners = list(best[:1])
-    for before, after in zip(best, best[1:], strict=False):
+    for before, after in pairwise(best):
         corners += [(after[0], before[1]), after]
     return corners

@@ -63,7 +63,9 @@ def figure(table: Table) -> Plot | None:
         return None
     dots = []
     for row in known:
-        predicted, measured, error = (row.cells[f"process_{key}"].entries[0] for key in ("predicted", "measured", "error"))
+        predicted, measured, error = (
+            row.cells[f"process_{key}"].entries[0] for key in ("predicted", "measured", "error")
+        )
         label = row.cells["run"].entries[0].text
         told = f"{label}: predicted {predicted.text} GB, measured {measured.text} GB, error {error.text} %"
         y = _value(row, "process_predicted")

@@ -28,7 +28,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point before it has a place: its figures, the ends of its interval, its label, which may be empty, and what it says."""
+    """A point before it has a place: its figures, its interval, its label, which may be empty, and what it says."""
 
     label: str
     told: str
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plot:
-    """A scatter plot; ``description`` tells its figures to those who cannot see it, ``line`` is a front or a diagonal."""
+    """A scatter plot; ``description`` tells its figures in words, ``line`` is a front or a diagonal."""
 
     key: str
     title: str

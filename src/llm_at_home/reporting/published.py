@@ -11,7 +11,6 @@ import yaml
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import facts
 
-
 #: The file that holds the published figures, to which each of them links.
 SOURCE = Path(__file__).with_name("published.yaml")
 #: What stands in the place of a figure that was published as "out of memory".

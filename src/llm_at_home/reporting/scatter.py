@@ -60,7 +60,9 @@ def _made(
     table: Table, key: str, x: str, title: str, place: Callable[[Row], tuple[str, ...]], pareto: bool
 ) -> tuple[Plot, ...]:
     places = [(where, list(rows)) for where, rows in groupby(sorted(table.rows, key=place), place)]
-    made = [_plot(f"{key}{i}", f"{title}: {', '.join(where)}", rows, x, pareto) for i, (where, rows) in enumerate(places)]
+    made = [
+        _plot(f"{key}{i}", f"{title}: {', '.join(where)}", rows, x, pareto) for i, (where, rows) in enumerate(places)
+    ]
     return tuple(plot for plot in made if plot)
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llm_at_home.reporting import cost, fidelity_grades, figure_memory, paper, paper_grades, planned, published, scatter
-from llm_at_home.reporting import facts
+from llm_at_home.reporting import (
+    cost,
+    facts,
+    fidelity_grades,
+    figure_memory,
+    paper,
+    paper_grades,
+    planned,
+    published,
+    scatter,
+)
 from llm_at_home.reporting.cells import Table
 from llm_at_home.reporting.figures import Chart, charts
 from llm_at_home.reporting.load import Loaded
@@ -82,8 +91,8 @@ def _beyond(loaded: Loaded, tables: Sequence[Table], prices: Prices) -> tuple[Se
     drawn = scatter.fronts(quantization, machines) if quantization else ()
     if drawn:
         lead = (
-            "KL divergence from the model’s own unquantized answers, against what was measured of the same model on the "
-            "same machine. No front mixes two machines, two cards of one name included."
+            "KL divergence from the model’s own unquantized answers, against what was measured of the same model on "
+            "the same machine. No front mixes two machines, two cards of one name included."
         )
         made.append(Section("fronts", "Quality against memory and energy", lead, figures=drawn))
     beside = fidelity_grades.table(loaded, paper_grades.tables(loaded)[0])
