@@ -50,8 +50,8 @@ format: setup ## let ruff mend style and imports
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-report: setup ## tables and figures from all records: reports/index.html
-	$(PY) -m llm_at_home.reporting
+report: setup ## tables and figures from all records: reports/index.html; make report ARGS="--prices my-prices.yaml"
+	$(PY) -m llm_at_home.reporting $(ARGS)
 
 readme: setup ## write the tables of README.md, docs/quantization.md and docs/claims.md from the records in results/
 	$(PY) -m llm_at_home.reporting.readme README.md docs/quantization.md docs/claims.md

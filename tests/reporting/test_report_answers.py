@@ -106,7 +106,7 @@ def test_no_judge_no_page(make, save, runs, tmp_path, capsys) -> None:
 
 def test_a_radar_has_an_outline_a_run_and_a_corner_a_category(report) -> None:
     text = (report / "index.html").read_text()
-    charts = re.findall(r'<figure class="radar">.*?</figure>', text, re.DOTALL)
+    charts = re.findall(r'<figure id="figure-[^"]*" class="radar">.*?</figure>', text, re.DOTALL)
     assert len(charts) == 2, "scores and win rates"
     scores = next(chart for chart in charts if "score by category" in chart)
     outlines = re.findall(r'<g class="outline series-(\d)">.*?<polygon points="([^"]*)"', scores, re.DOTALL)
@@ -114,9 +114,9 @@ def test_a_radar_has_an_outline_a_run_and_a_corner_a_category(report) -> None:
     assert all(len(points.split()) == len(CATEGORIES) for _, points in outlines)
     assert "writing 2.00" in scores
     assert "writing 1.50" in scores
-    # The first axis, in alphabetical order, points up: coding, 6 and 5.5 of 10, on a radius of 170 around (260, 260).
+    # The first axis, in alphabetical order, points up: coding, 6 and 5.5 of 10, on a radius of 116 around (200, 200).
     tops = {points.split()[0] for _, points in outlines}
-    assert tops == {f"260.0,{260 - 170 * share:.1f}" for share in (0.6, 0.55)}
+    assert tops == {f"200.0,{200 - 116 * share:.1f}" for share in (0.6, 0.55)}
     rates = next(chart for chart in charts if "Win rate" in chart)
     assert 'class="neutral"' in rates
     assert 'class="neutral"' not in scores

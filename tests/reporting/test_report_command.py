@@ -32,7 +32,10 @@ def test_the_command_writes_the_page_and_a_csv_a_table(make, save, runs, tmp_pat
     save(make.train(), "t")
     out = tmp_path / "deep" / "reports"
     assert main([str(runs), "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["finetuning.csv", "index.html", "inference.csv"]
+    runs_of_every_kind = {"finetuning.csv", "inference.csv"}
+    beside_the_paper = {f"table-{number}.csv" for number in (1, 2, 3, 4)} | {"fidelity-grades.csv"}
+    assert {p.name for p in out.iterdir()} == {"index.html", "figures"} | runs_of_every_kind | beside_the_paper
+    assert sorted(p.name for p in (out / "figures").iterdir()) == ["memory.csv", "memory.svg"]
     said = capsys.readouterr().out
     assert "smollm2_135m" in said
     assert str(out / "index.html") in said

@@ -18,9 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help=f"default: {' and '.join(DEFAULT_FOLDERS)}")
     parser.add_argument("--out", default="reports", help="where the report is written (default: %(default)s)")
+    parser.add_argument("--prices", metavar="FILE", help="your prices, in the form of the package's prices.yaml")
     args = parser.parse_args(argv)
     try:
-        write_report(args.folders or DEFAULT_FOLDERS, args.out)
+        write_report(args.folders or DEFAULT_FOLDERS, args.out, args.prices)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ _ENERGY = (
     Column("energy_gross", "gross", "Energy", unit="Wh", decimals=2, better="lower"),
     Column("energy_net", "net", "Energy", unit="Wh", decimals=2, better="lower"),
 )
+ENERGY_PER_TOKEN = Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token")
 INFERENCE = (
     _MODEL,
     _QUANT,
@@ -49,7 +50,7 @@ INFERENCE = (
     Column("output_tokens_per_second", "with prompts", "Speed", unit="tokens/s", decimals=1, better="higher"),
     Column("time_scaled_40k", "scaled to 40,000 tokens", "Speed", unit="h", better="lower"),
     *_ENERGY,
-    Column("energy_per_token", "per token", "Energy", unit="J/token", better="lower", terminal="J/token"),
+    ENERGY_PER_TOKEN,
     Column("energy_scaled_40k", "scaled to 40,000 tokens", "Energy", unit="Wh", decimals=1, better="lower"),
     Column("judge_score", "judge score", "Quality", "many", better="higher", terminal="Score"),
     Column("win_rate", "win rate", "Quality", "many", unit="%", decimals=1, better="higher"),
@@ -92,6 +93,7 @@ QUANTIZATION = (
     Column("model_size", "in memory", "Size", unit="GB", decimals=3, better="lower"),
     *(column for column in MEMORY if column.key in ("torch_allocated_peak", "resident_set_peak")),
     _DECODE,
+    replace(ENERGY_PER_TOKEN, terminal=""),
     Column("perplexity", "perplexity", "Fidelity", better="lower"),
     Column("perplexity_ratio", "perplexity ratio", "Fidelity", decimals=3, better="lower", terminal="PPL ratio"),
     replace(_KL, key="kl_divergence_mean", title="KL divergence, mean", terminal="KL"),

@@ -112,6 +112,15 @@ def host(record: Record) -> str:
     return name_at(gpu, "name")
 
 
+def machine(record: Record) -> str:
+    """The device, and which one of its kind: two cards of one name stand in hosts of different speed."""
+    cards = at(record.provenance, "gpu")
+    first = cards[0] if isinstance(cards, list) and cards else cards
+    uuid = at(first, "uuid")
+    # The first part of an NVML id tells cards apart and still fits a caption.
+    return device(record) if on_cpu(record) or not uuid else f"{device(record)}, {clean(uuid)[:12]}"
+
+
 def emulated(record: Record) -> str | None:
     """The smaller card that the run kept to, when it is another than the card that computed."""
     return name_at(record.config, "gpu", "name") if at(record.config, "gpu", "emulated") is True else None

@@ -1,13 +1,15 @@
-"""Geometry of the bar charts: ``figure.svg.jinja`` draws in per cent, so text stays readable on a phone."""
+"""Geometry of the bar charts: ``bars.svg.jinja`` draws in per cent, so text stays readable on a phone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llm_at_home.reporting.cells import Column, Row, Table
+from llm_at_home.reporting.figuredata import Data, interval
 
-_LABEL_LENGTH = 56
+_LABEL_LENGTH = 48  # what a phone can hold
 _MOST_BARS = 32
 # The rest of the width holds the value at the bar's end.
 _FULL_BAR = 80.0
@@ -42,6 +44,9 @@ class Chart:
     note: str
     description: str
     bars: tuple[Bar, ...]
+    data: Data
+    kind: ClassVar[str] = "bars"
+    wide: ClassVar[bool] = False
 
 
 def charts(table: Table) -> tuple[Chart, ...]:
@@ -82,7 +87,15 @@ def _chart(table: Table, column: Column) -> Chart | None:
         f"{bar.label}: {bar.text}" + (f" ({entry.interval})" if entry.interval else "")
         for bar, entry in zip(bars, entries, strict=True)
     )
-    return Chart(f"{table.key}-{column.key}", column.full_title, " ".join(notes), told, bars)
+    data = Data(
+        ("run", column.full_title, "95 % low", "95 % high", "marks"),
+        tuple(
+            (label, value, *interval(entry), ", ".join(row.marks))
+            for label, (row, value), entry in zip(names, known, entries, strict=True)
+        ),
+        tuple(row.source for row, _ in known),
+    )
+    return Chart(f"{table.key}-{column.key}", column.full_title, " ".join(notes), told, bars, data)
 
 
 def labels(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page: one self-contained file, drawn by ``report.html.jinja`` with every text escaped."""
+"""The page: one self-contained file, drawn by ``report.html.jinja`` with every text escaped, and its figures' files."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from llm_at_home.reporting import answers
-from llm_at_home.reporting.cells import Column, Table
+from llm_at_home.reporting import answers, figuredata, svgfile
+from llm_at_home.reporting.cells import Column
 from llm_at_home.reporting.claims import section as claims
 from llm_at_home.reporting.facts import clean
-from llm_at_home.reporting.figures import charts
 from llm_at_home.reporting.load import Loaded
 from llm_at_home.reporting.overview import Overview
-from llm_at_home.reporting.radar import radars
-from llm_at_home.reporting.ranks import rank_maps
-from llm_at_home.reporting.scatter import plots
+from llm_at_home.reporting.sections import Figure, Part
+
+FIGURES = "figures"
 
 
-def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path) -> Path:
-    """Write ``index.html`` into ``out``, its links relative to it, and return its path."""
+def write(parts: Sequence[Part], overview: Overview, loaded: Loaded, out: Path) -> Path:
+    """Write ``index.html`` into ``out``, its links relative to it, and each figure's SVG and CSV below it.
+
+    Returns:
+        the page's path.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -40,14 +44,14 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
         # "./" keeps a folder called "javascript:" a folder.
         return "./" + quote(Path(os.path.relpath(source, out)).as_posix())
 
+    figures = [figure for part in parts for section in part.sections for figure in section.figures]
+    drawings = {figure.key: _draw(environment, figure) for figure in figures}
+    _write_figures(figures, drawings, environment, out / FIGURES)
     script = environment.get_template("sort.js.jinja").render()
     page = environment.get_template("report.html.jinja").render(
-        tables=tables,
-        charts={table.key: charts(table) for table in tables},
-        plots={table.key: plots(table) for table in tables},
-        radars={table.key: radars(table) for table in tables},
+        parts=parts,
+        drawings=drawings,
         answers=answers.PAGE if answers.write(loaded, out, environment) else None,
-        rank_maps={table.key: rank_maps(table) for table in tables},
         overview=overview,
         claims=claims.draw(loaded, environment, href),
         left_out=loaded.left_out,
@@ -63,6 +67,23 @@ def write(tables: Sequence[Table], overview: Overview, loaded: Loaded, out: Path
     path = out / "index.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _draw(environment: Any, figure: Figure) -> Any:
+    return environment.get_template(f"{figure.kind}.svg.jinja").module.draw(figure)
+
+
+def _write_figures(figures: Sequence[Figure], drawings: dict[str, Any], environment: Any, folder: Path) -> None:
+    # A figure that has lost its records must not live on as an old file.
+    for old in (*folder.glob("*.svg"), *folder.glob("*.csv")):
+        old.unlink()
+    if not figures:
+        return
+    folder.mkdir(exist_ok=True)
+    sources = [environment.loader.get_source(environment, name)[0] for name in ("colours.css", "figures.css")]
+    for figure in figures:
+        svgfile.write(str(drawings[figure.key]), "\n".join(sources), folder / f"{figure.key}.svg")
+        figuredata.write(figure.data, folder / f"{figure.key}.csv")
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:

@@ -11,11 +11,15 @@ import yaml
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import facts
 
+#: The file that holds the published figures, to which each of them links.
+SOURCE = Path(__file__).with_name("published.yaml")
+#: What stands in the place of a figure that was published as "out of memory".
+OUT_OF_MEMORY = "oom"
+
 
 @functools.cache
 def _published() -> dict[str, Any]:
-    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
     return found
 
 
@@ -29,6 +33,17 @@ def table3() -> dict[str, Any]:
     """The paper's Table III: ``device``, ``workload``, ``steps`` and ``rows``."""
     found: dict[str, Any] = _published()["table_3"]
     return found
+
+
+def grades_table(tuned: bool) -> dict[str, Any]:
+    """The paper's Table II, or IV of the fine-tuned models: ``workload`` and ``rows``."""
+    found: dict[str, Any] = _published()["table_4" if tuned else "table_2"]
+    return found
+
+
+def errata(table: int) -> list[str]:
+    """What is known to be wrong or unsaid in the printed figures of a table."""
+    return [one["text"] for one in _published()["errata"] if one["table"] == table]
 
 
 def human_grades(quant: str, adapter: str) -> dict[str, Any] | None:
@@ -62,6 +77,9 @@ def _alike(record: Record, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if facts.pruning(record):
         return None  # nothing was pruned in the paper
     dtype = facts.name_at(record.config, "dtype")
+    # The paper quantized to 4 bits throughout.
+    if facts.at(record.config, "quant", "bits") not in (None, 4):
+        return None
     alike = (row for row in rows if row["quant"] == facts.quant(record))
     return next((row for row in alike if row["dtype"] in (None, dtype)), None)
 

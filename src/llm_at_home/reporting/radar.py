@@ -6,13 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llm_at_home.reporting import facts
 from llm_at_home.reporting.cells import Row, Table
+from llm_at_home.reporting.figuredata import Data
 from llm_at_home.reporting.figures import labels
-from llm_at_home.reporting.scatter import Tick
+from llm_at_home.reporting.plot import Tick
 
-_SIZE, _RADIUS = 520.0, 170.0
+_SIZE, _RADIUS = 400.0, 116.0  # of a phone's width, so that text does not shrink there
+_MARGIN = 42.0  # below the last name, where the key begins
+_HEAD = 48.0  # above the first name
+_KEY_LINE = 18.0
+_LABEL_LENGTH = 52
 _MOST = 6  # more outlines in one chart cannot be told apart
 _LEAST_AXES = 3
 # Figure of the whole, start of a category's name, title, end of the scale, rings, and the ring that is no difference.
@@ -48,7 +54,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Radar:
-    """A radar chart; ``description`` tells its figures to those who cannot see it, ``values`` as a table."""
+    """A radar chart; ``description`` tells its figures to those who cannot see it."""
 
     key: str
     title: str
@@ -59,8 +65,17 @@ class Radar:
     ticks: tuple[Tick, ...]
     outlines: tuple[Outline, ...]
     neutral: str | None
-    values: tuple[tuple[str, ...], ...]
+    data: Data
     size: float = _SIZE
+    margin: float = _MARGIN
+    head: float = _HEAD
+    kind: ClassVar[str] = "radar"
+    wide: ClassVar[bool] = False
+
+    @property
+    def height(self) -> float:
+        """With the key, a line an outline."""
+        return self.size - self.head - self.margin + _KEY_LINE * (len(self.outlines) + 0.5)
 
 
 def radars(table: Table) -> tuple[Radar, ...]:
@@ -85,7 +100,7 @@ def _radar(
 ) -> Radar | None:
     found = [(name, row, _categories(row, start)) for name, row in zip(_distinct(rows), rows, strict=True)]
     names = sorted({category for _, _, values in found for category in values})
-    whole = [(label, values) for label, _, values in found if set(values) == set(names)]
+    whole = [(label, row, values) for label, row, values in found if set(values) == set(names)]
     if len(names) < _LEAST_AXES or not whole:
         return None
     shown, more = whole[:_MOST], len(whole) - _MOST
@@ -95,7 +110,7 @@ def _radar(
     notes += ["The dashed ring is no difference."] if neutral is not None else []
     outlines = tuple(
         _outline(label, [values[name] / top for name in names], [values[name] for name in names], names, style)
-        for style, (label, values) in enumerate(shown)
+        for style, (label, _, values) in enumerate(shown)
     )
     return Radar(
         key,
@@ -107,7 +122,11 @@ def _radar(
         tuple(Tick(f"{ring:g}", round(_SIZE / 2 - _RADIUS * ring / top, 1)) for ring in rings),
         outlines,
         _polygon([neutral / top] * len(names)) if neutral is not None else None,
-        (("", *names), *((label, *(f"{values[name]:.2f}" for name in names)) for label, values in shown)),
+        Data(
+            ("run", *names),
+            tuple((label, *(values[name] for name in names)) for label, _, values in shown),
+            tuple(row.source for _, row, _ in shown),
+        ),
     )
 
 
@@ -137,7 +156,8 @@ def _distinct(rows: Sequence[Row]) -> list[str]:
 def _outline(label: str, shares: Sequence[float], values: Sequence[float], names: Sequence[str], style: int) -> Outline:
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
     corners = tuple(_corner(share, place, len(shares)) for place, share in enumerate(shares))
-    return Outline(label, f"{label}: {told}", _polygon(shares), corners, style)
+    short = label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…"
+    return Outline(short, f"{label}: {told}", _polygon(shares), corners, style)
 
 
 def _polygon(shares: Sequence[float]) -> str:

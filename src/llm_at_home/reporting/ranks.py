@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 from llm_at_home.reporting import facts
 from llm_at_home.reporting.cells import Table
+from llm_at_home.reporting.figuredata import Data
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _LEFT, _WIDTH, _ROW, _TOP, _BOTTOM = 90.0, 700.0, 22.0, 6.0, 24.0
@@ -37,6 +40,9 @@ class RankMap:
     tiles: tuple[Tile, ...]
     kinds: tuple[tuple[str, float], ...]
     layers: tuple[tuple[str, float], ...]
+    data: Data
+    kind: ClassVar[str] = "ranks"
+    wide: ClassVar[bool] = True
     width: float = _WIDTH
     left: float = _LEFT
 
@@ -48,12 +54,12 @@ def rank_maps(table: Table) -> tuple[RankMap, ...]:
         pattern = facts.at(row.run.record.adapter, "rank_pattern") if row.run else None
         if isinstance(pattern, dict) and row.run:
             name = f"{facts.quant(row.run.record)}, {facts.name_at(row.run.record.config, 'adapter', 'name')}"
-            drawn = _map(f"{table.key}-ranks-{i}", name, pattern)
+            drawn = _map(f"{table.key}-ranks-{i}", name, pattern, row.source)
             found += [drawn] if drawn else []
     return tuple(found)
 
 
-def _map(key: str, name: str, pattern: dict[str, int]) -> RankMap | None:
+def _map(key: str, name: str, pattern: dict[str, int], source: Path) -> RankMap | None:
     placed = {}
     for matrix, rank in pattern.items():
         layer = _LAYER.search(f".{matrix}")
@@ -86,6 +92,11 @@ def _map(key: str, name: str, pattern: dict[str, int]) -> RankMap | None:
         tiles,
         tuple((facts.clean(kind), _TOP + i * _ROW + 15) for i, kind in enumerate(kinds)),
         tuple((str(layer), round(_LEFT + (i + 0.5) * wide, 1)) for i, layer in enumerate(layers) if i % every == 0),
+        Data(
+            ("layer", "matrix", "rank"),
+            tuple((str(layer), facts.clean(kind), float(rank)) for (layer, kind), rank in sorted(placed.items())),
+            (source,) * len(placed),
+        ),
     )
 
 

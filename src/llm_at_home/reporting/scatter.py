@@ -1,68 +1,27 @@
-"""Geometry of the plot of quality over size: ``scatter.svg.jinja`` draws it in units of one CSS pixel."""
+"""Quality over size and cost: what each quantization loses against its bits, its memory and its energy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from llm_at_home.reporting import facts
 from llm_at_home.reporting.cells import Entry, Row, Table
+from llm_at_home.reporting.figuredata import Data, interval
+from llm_at_home.reporting.pareto import front, steps
+from llm_at_home.reporting.plot import Dot, Plot, lay_out
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 880.0, 64.0, 590.0, 8.0, 44.0
-_LABELS = 630.0  # where the column of labels starts, beside the points, which lie too close to hold their own
-_LINE = 16.0  # of a label
-_LEAST_HEIGHT = 320.0
-_LABEL_LENGTH = 38
-_BITS, _DIVERGENCE = "bits_per_weight", "kl_divergence_mean"
+_BITS, _DIVERGENCE, _ENERGY = "bits_per_weight", "kl_divergence_mean", "energy_per_token"
+_MEMORY = ("torch_allocated_peak", "resident_set_peak")
 _BIT_TICKS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A value that an axis names, and where."""
-
-    text: str
-    at: float
-
-
-@dataclass(frozen=True)
-class Point:
-    """One quantization: its place, the ends of its interval (``high`` above ``low``) and its label's line."""
-
-    label: str
-    told: str
-    x: float
-    y: float
-    low: float
-    high: float
-    label_y: float
-    marked: bool
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A scatter plot; ``description`` tells its figures to those who cannot see it."""
-
-    key: str
-    title: str
-    note: str
-    description: str
-    height: float
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    points: tuple[Point, ...]
-    width: float = _WIDTH
-    left: float = _LEFT
-    right: float = _RIGHT
-    top: float = _TOP
-    labels: float = _LABELS
-
-    @property
-    def bottom(self) -> float:
-        """The height at which the horizontal axis lies."""
-        return self.height - _BOTTOM
+_LOST = "mean KL divergence, nats/token"
+_TITLES = {
+    _BITS: ("bits per weight", "bits"),
+    _MEMORY[0]: ("peak of tensors in the card's memory, GB", "GB"),
+    _MEMORY[1]: ("peak resident set of the process, GB", "GB"),
+    _ENERGY: ("energy of a generated token, J", "J/token"),
+}
 
 
 def plots(table: Table) -> tuple[Plot, ...]:
@@ -73,55 +32,101 @@ def plots(table: Table) -> tuple[Plot, ...]:
     def place(row: Row) -> tuple[str, ...]:
         return tuple(row.cells[key].entries[0].text for key in ("model", "device"))
 
+    return _made(table, f"{table.key}-", _BITS, "KL divergence over bits per weight", place, False)
+
+
+def fronts(table: Table, folders: dict[Path, str]) -> tuple[Plot, ...]:
+    """KL divergence over the measured peak of memory and over energy, with the front of those that nothing beats.
+
+    A plot for each model and machine, never of two: ``folders`` has the machine of each record by its path, and a
+    figure belongs to the machine of the record that holds it.
+    """
+    made: list[Plot] = []
+    for key, what in ((_MEMORY[0], "memory"), (_MEMORY[1], "memory"), (_ENERGY, "energy")):
+        if key not in (column.key for column in table.columns):
+            continue
+
+        def place(row: Row, key: str = key) -> tuple[str, ...]:
+            source = row.cells[key].entries[0].source
+            return row.cells["model"].entries[0].text, folders.get(source, "") if source else ""
+
+        known = [row for row in table.rows if _value(row, key) > 0]
+        part = Table(table.key, table.title, table.caption, table.columns, tuple(known), table.mark_notes)
+        made += _made(part, f"front-{key}-".replace("_", "-"), key, f"Quality against {what}", place, True)
+    return tuple(made)
+
+
+def _made(
+    table: Table, key: str, x: str, title: str, place: Callable[[Row], tuple[str, ...]], pareto: bool
+) -> tuple[Plot, ...]:
     places = [(where, list(rows)) for where, rows in groupby(sorted(table.rows, key=place), place)]
-    made = [_plot(f"{table.key}-{i}", where, rows) for i, (where, rows) in enumerate(places)]
+    made = [
+        _plot(f"{key}{i}", f"{title}: {', '.join(where)}", rows, x, pareto) for i, (where, rows) in enumerate(places)
+    ]
     return tuple(plot for plot in made if plot)
 
 
-def _plot(key: str, where: Sequence[str], rows: Sequence[Row]) -> Plot | None:
+def _plot(key: str, title: str, rows: Sequence[Row], x: str, pareto: bool) -> Plot | None:
     rows = _newest(rows)
     labelled = list(zip(_labels(rows), rows, strict=True))
-    known = [(label, row) for label, row in labelled if _value(row, _BITS) > 0 and _value(row, _DIVERGENCE) > 0]
+    known = [(label, row) for label, row in labelled if _value(row, x) > 0 and _value(row, _DIVERGENCE) > 0]
     if len(known) < 2:
         return None
-    known.sort(key=lambda pair: _value(pair[1], _DIVERGENCE), reverse=True)
-    shown = [row for _, row in known]
-    height = _TOP + max(_LEAST_HEIGHT, _LINE * len(known)) + _BOTTOM
-    bits = [_value(row, _BITS) for row in shown]
-    ends = [_ends(row.cells[_DIVERGENCE].entries[0]) for row in shown]
-    x = _logarithmic(bits, _LEFT, _RIGHT)
-    divergences = [_value(row, _DIVERGENCE) for row in shown]
-    y = _logarithmic([*divergences, *(end for pair in ends for end in pair if end > 0)], height - _BOTTOM, _TOP)
-    places = [y(divergence) for divergence in divergences]
-    lines = _spread(places, _LINE, _TOP + _LINE / 2, height - _BOTTOM)
-    points = tuple(
-        Point(
-            label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…",
-            f"{label}: {_told(row)}",
-            round(x(size), 1),
-            round(place, 1),
-            round(y(low), 1) if low > 0 else height - _BOTTOM,
-            round(y(high), 1),
-            round(line, 1),
+    dots = [
+        Dot(
+            label,
+            f"{label}: {_told(row, x)}",
+            _value(row, x),
+            _value(row, _DIVERGENCE),
+            _ends(row.cells[_DIVERGENCE].entries[0]),
             bool(row.marks),
         )
-        for (label, row), size, place, (low, high), line in zip(known, bits, places, ends, lines, strict=True)
-    )
+        for label, row in known
+    ]
+    # What a mark qualifies is not what the others are, and beats none of them.
+    best = front([(dot.x, dot.y) for dot in dots if not dot.marked]) if pareto else []
+    shown = [row for _, row in known]
     notes = ["Lower is closer to the unquantized model, further left is smaller. Both axes are logarithmic."]
-    notes += ["Whiskers: 95 % interval."] if any(low != high for low, high in ends) else []
-    notes += ["Muted points: see the marks in the table."] if any(point.marked for point in points) else []
-    missing = [f"{label} ({_absence(row)})" for label, row in labelled if row not in shown]
+    notes += ["The dashed line joins those that no other beats in both."] if len(best) > 1 else []
+    notes += [f"{_names(dots, best)} beats all others in both." for _ in [0] if len(best) == 1]
+    notes += ["Whiskers: 95 % interval."] if any(dot.ends[0] != dot.ends[1] for dot in dots) else []
+    notes += ["Muted points: see the marks in the table."] if any(dot.marked for dot in dots) else []
+    missing = [f"{label} ({_absence(row, x)})" for label, row in labelled if row not in shown]
     notes += [f"Not drawn: {'; '.join(missing)}."] if missing else []
-    return Plot(
-        key,
-        f"KL divergence over bits per weight: {', '.join(where)}",
-        " ".join(notes),
-        "; ".join(point.told for point in points),
-        height,
-        tuple(Tick(f"{tick}", round(x(tick), 1)) for tick in _BIT_TICKS if _LEFT <= x(tick) <= _RIGHT),
-        tuple(Tick(f"{tick:g}", round(y(tick), 1)) for tick in _divergence_ticks(y, height)),
-        points,
+    header = ("quantization", _TITLES[x][0], _LOST, "95 % low", "95 % high", "marks")
+    data = Data(
+        (*header, "on the front") if pareto else header,
+        tuple(
+            (
+                label,
+                _value(row, x),
+                _value(row, _DIVERGENCE),
+                *interval(row.cells[_DIVERGENCE].entries[0]),
+                ", ".join(row.marks),
+                *((_on(dot, best),) if pareto else ()),
+            )
+            for (label, row), dot in zip(known, dots, strict=True)
+        ),
+        tuple(row.source for row in shown),
     )
+    return lay_out(
+        key,
+        title,
+        " ".join(notes),
+        (_TITLES[x][0], _LOST),
+        dots,
+        data,
+        x_ticks=_BIT_TICKS if x == _BITS else None,
+        line=steps(best),
+    )
+
+
+def _names(dots: Sequence[Dot], best: Sequence[tuple[float, float]]) -> str:
+    return " and ".join(dot.label for dot in dots if _on(dot, best) == "yes")
+
+
+def _on(dot: Dot, best: Sequence[tuple[float, float]]) -> str:
+    return "yes" if not dot.marked and (dot.x, dot.y) in best else "no"
 
 
 def _newest(rows: Iterable[Row]) -> list[Row]:
@@ -164,42 +169,13 @@ def _ends(entry: Entry) -> tuple[float, float]:
     return entry.bounds or (value, value)
 
 
-def _told(row: Row) -> str:
-    bits, divergence = (row.cells[key].entries[0] for key in (_BITS, _DIVERGENCE))
+def _told(row: Row, x: str) -> str:
+    size, divergence = (row.cells[key].entries[0] for key in (x, _DIVERGENCE))
     interval = f" ({divergence.interval})" if divergence.interval else ""
-    return f"{bits.text} bits, {divergence.text}{interval} nats/token"
+    return f"{size.text} {_TITLES[x][1]}, {divergence.text}{interval} nats/token"
 
 
-def _absence(row: Row) -> str:
-    return "no divergence" if row.cells[_DIVERGENCE].sort_value == 0 else "unknown"
-
-
-def _logarithmic(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    """A scale that leaves a margin of 4 % of its length at both ends."""
-    low, high = math.log(min(values)), math.log(max(values))
-    if low == high:
-        low, high = low - 1, high + 1
-    margin = 0.04 * (high - low)
-    low, high = low - margin, high + margin
-    return lambda value: start + (math.log(value) - low) / (high - low) * (end - start)
-
-
-def _divergence_ticks(y: Callable[[float], float], height: float) -> list[float]:
-    every = [step * 10.0**power for power in range(-12, 4) for step in (1, 2, 5)]
-    within = [tick for tick in every if _TOP <= y(tick) <= height - _BOTTOM]
-    decades = [tick for tick in within if math.log10(tick) == round(math.log10(tick))]
-    return decades if len(decades) >= 3 else within
-
-
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places ``gap`` apart and as near as can be to those wanted, which rise: isotonic regression by pooling."""
-    pools: list[tuple[float, int]] = []
-    for i, place in enumerate(wanted):
-        total, count = place - i * gap, 1
-        while pools and pools[-1][0] / pools[-1][1] > total / count:
-            before = pools.pop()
-            total, count = total + before[0], count + before[1]
-        pools.append((total, count))
-    starts = [total / count for total, count in pools for _ in range(count)]
-    last = high - (len(wanted) - 1) * gap
-    return [min(max(start, low), last) + i * gap for i, start in enumerate(starts)]
+def _absence(row: Row, x: str) -> str:
+    if row.cells[_DIVERGENCE].sort_value == 0:
+        return "no divergence" if x == _BITS else f"no divergence, at {row.cells[x].entries[0].text} {_TITLES[x][1]}"
+    return "unknown"

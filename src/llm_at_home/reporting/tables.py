@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from llm_at_home.human.means import grade_name
 from llm_at_home.records.schema import Record
@@ -21,6 +20,7 @@ from llm_at_home.reporting.columns import (
     by_key,
 )
 from llm_at_home.reporting.load import Loaded, Run
+from llm_at_home.reporting.trained import Trained
 
 KEYS = ("inference", "finetuning", "quantization", "evaluations", "unfinished")
 RANDOM = "random weights"
@@ -28,7 +28,7 @@ EMULATED = "emulated card"
 DEQUANTIZED = "dequantized weights"
 SHORT = "fewer texts"
 REDRAWN = "another draw"
-_MARK_NOTES = {
+MARK_NOTES = {
     RANDOM: "random weights: the architecture without its weights, so memory, speed and energy only",
     EMULATED: "emulated card: memory is a result; speed and energy are those of the host's card",
     DEQUANTIZED: "dequantized weights: fidelity is theirs, without what the format's own kernels round beside",
@@ -97,7 +97,7 @@ def _table(
     for run in book.runs:
         cells = story(run)
         if cells is not None:
-            rows.append(Row(cells, run.path, _marks(run.record, key), run))
+            rows.append(Row(cells, run.path, marks_of(run.record, key), run))
     if key in ("inference", "finetuning"):
         rows.sort(key=lambda row: str(row.cells["model"].sort_value))
     if key == "quantization":
@@ -105,9 +105,12 @@ def _table(
     # A kind of memory that none of the devices defines would be a column of dashes.
     defined = {name for row in rows if row.run for name in entries.defined_memory(row.run.record)}
     columns = tuple(c for c in columns if c not in MEMORY or c.key in defined)
+    # Nor does a CPU without a counter tell of energy beside its fidelity.
+    if key == "quantization" and all(row.cells["energy_per_token"].sort_value is None for row in rows):
+        columns = tuple(c for c in columns if c.key != "energy_per_token")
     # Nor is there anything to tell of people where none were asked.
     columns = tuple(c for c in columns if c.key != "human_grade" or book.studies)
-    return Table(key, title, caption, columns, tuple(rows), _MARK_NOTES)
+    return Table(key, title, caption, columns, tuple(rows), MARK_NOTES)
 
 
 class _Book:
@@ -123,9 +126,7 @@ class _Book:
         texts = [r for r in finished if facts.evaluation(r.record) == "text"]
         # With passages in its prompt a model is neither the untouched one nor the trained one.
         self.tested = [r for r in texts if facts.at(r.record.config, "text", "context") in (None, "none")]
-        # An adapter may come from a training run that a newer one of the same config has replaced.
-        trained = [r for r in (*loaded.superseded, *loaded.runs) if r.record.task == "train"]
-        self.trained = {r.path.parent.resolve(): r for r in trained}
+        self.trained = Trained(loaded)
 
     def inference(self, run: Run) -> dict[str, Cell] | None:
         record = run.record
@@ -246,23 +247,9 @@ class _Book:
         return {
             "model": text(facts.model(run.record), run.path),
             "quant": text(", ".join(facts.quant_words(run.record))),
-            "adapter": text(self._adapter(run.record.task, run.record.config, run.record.subject)),
+            "adapter": text(self.trained.adapter(run.record.task, run.record.config, run.record.subject)),
             "device": text(facts.device(run.record)),
         }
-
-    def _adapter(self, task: object, config: object, subject: object = None) -> str:
-        if task == "train":
-            return facts.name_at(config, "adapter", "name")
-        if facts.at(subject, "config"):
-            return self._adapter(facts.at(subject, "task"), facts.at(subject, "config"))
-        path = facts.at(config, "adapter_path")
-        if not path:
-            return "none"
-        folder = Path(str(path)).resolve()
-        for place in (folder, *folder.parents):
-            if place in self.trained:
-                return facts.name_at(self.trained[place].record.config, "adapter", "name")
-        return facts.path_tail(path)
 
     def _judged(self, column: Column, names: Iterable[str], run: Run, missing: str) -> Cell:
         scores = []
@@ -335,7 +322,8 @@ def _preferred(runs: Iterable[Run]) -> Run | None:
     return found[-1] if found else None
 
 
-def _marks(record: Record, table: str) -> tuple[str, ...]:
+def marks_of(record: Record, table: str) -> tuple[str, ...]:
+    """What qualifies a whole row of this record in the table of this key."""
     marks = [RANDOM] if facts.has_random_weights(record) else []
     marks += [EMULATED] if facts.emulated(record) else []
     marks += _fidelity_marks(record) if table == "quantization" else []
