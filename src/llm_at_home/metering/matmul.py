@@ -1,0 +1,36 @@
+"""The dense peak of this device: the fastest of some plain matrix products, in the dtype that a run computes in."""
+
+from __future__ import annotations
+
+from llm_at_home.metering.timing import now
+from llm_at_home.records.schema import Reading
+
+SIZES = {"cuda": 8192, "cpu": 768}
+REPEATS = {"cuda": 20, "cpu": 8}
+WARM_UP = 3
+
+
+def dense_peak(device: str, dtype: str) -> Reading:
+    """``dense_peak`` in TFLOP/s: 2 n^3 FLOPs over the time of the fastest n x n product, without sparsity.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: ``float32`` (without TF32, as torch has it), ``bfloat16`` or ``float16``.
+    """
+    import torch
+
+    size, repeats = SIZES[device], REPEATS[device]
+    times = []
+    try:
+        a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+        for _ in range(WARM_UP + repeats):
+            start = now(device)
+            torch.matmul(a, b)
+            times.append(now(device) - start)
+    except RuntimeError as error:  # out of memory on a small card, or a dtype without a kernel
+        return Reading.unknown("TFLOP/s", str(error).splitlines()[0])
+    finally:
+        a = b = None
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return Reading(2 * size**3 / min(times[WARM_UP:]) / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=repeats)
