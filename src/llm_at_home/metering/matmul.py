@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llm_at_home.metering.timing import now
 from llm_at_home.records.schema import Reading
 
@@ -22,7 +24,10 @@ def dense_peak(device: str, dtype: str) -> Reading:
     size, repeats = SIZES[device], REPEATS[device]
     times = []
     try:
-        a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+        # Of its own, so that a run draws the numbers that it would draw without this.
+        drawn = torch.Generator(device).manual_seed(0)
+        form: Any = {"device": device, "dtype": getattr(torch, dtype), "generator": drawn}
+        a, b = (torch.randn(size, size, **form) for _ in range(2))
         for _ in range(WARM_UP + repeats):
             start = now(device)
             torch.matmul(a, b)
@@ -30,7 +35,7 @@ def dense_peak(device: str, dtype: str) -> Reading:
     except RuntimeError as error:  # out of memory on a small card, or a dtype without a kernel
         return Reading.unknown("TFLOP/s", str(error).splitlines()[0])
     finally:
-        a = b = None
+        a = b = form = None
         if device == "cuda":
             torch.cuda.empty_cache()
     return Reading(2 * size**3 / min(times[WARM_UP:]) / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=repeats)

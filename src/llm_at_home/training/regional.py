@@ -19,6 +19,7 @@ BACKEND = "inductor"
 # By shape: the first layer, whose input takes no gradient, the others, and both again where packing needs no mask.
 GRAPHS_PER_SHAPE = 4
 METHOD = "dynamo_clock"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledLayers:
@@ -76,8 +77,12 @@ class CompiledLayers:
 
 
 def keep_compiled() -> None:
-    """Keep compiled code in this project's cache, from which the next run takes it."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    """Keep compiled code in this project's cache, from which the next run takes it; a folder of the user's own stays."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch names its own default there as soon as it is asked for it.
+    if os.environ.get(CACHE) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[CACHE] = str(cache_dir() / "inductor")
 
 
 def _compile_seconds() -> float:
