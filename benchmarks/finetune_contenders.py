@@ -225,7 +225,8 @@ def ours(base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int)
         loader.load_base, checkpoints.save_weights = load, save
         CausalLMModule.cpu = cpu  # type: ignore[method-assign]
     timed = Steps.last
-    assert timed is not None and timed.meter is not None and timed.first_step_end is not None
+    if timed is None or timed.meter is None or timed.first_step_end is None:
+        raise RuntimeError("the run made no step after its warm-up")
     column = lines[0].index("loss")
     count = config["callbacks"]["accumulation"]["steps"]
     recomputed = config["memory"]["checkpointing"]

@@ -162,9 +162,7 @@ class ChatDataModule(LightningDataModule):
         ValueError: when nothing is left to train on.
     """
 
-    def __init__(
-        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, **order: Any
-    ) -> None:
+    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, **order: Any) -> None:
         super().__init__()
         kept = [c for c in conversations if c.trained_tokens > 0]
         if not kept:
