@@ -4,15 +4,15 @@
     python benchmarks/finetune.py --out FOLDER --model tiny --tokens 64 --steps 4 -- gpu=cpu   # a try, anywhere
     python benchmarks/finetune.py --table results/h100/finetune
 
-A step is 8 conversations of 500 random tokens. ``default`` is the paper's protocol in a plain loop: 8 micro-batches of
-1, torch's AdamW. ``best_documented`` is one batch of 8 (or the largest that does not run out of memory, then with layers
-recomputed) and the fused AdamW. ``ours`` is the product's own train.py task, with the micro-batch that the planner
-chose. All start from the same saved adapter. Their losses are compared first: a row whose losses differ has no figure.
-Then they run in turn, several rounds; figures are medians over all steps after the warm-up, energy is the card's, gross.
-Rows of one base share a process and its weights; a row within a budget runs under that card's memory, its references
-too. The limit is the longer of the model's FLOPs over the fastest plain matrix product, and of the bytes that a step has
-to move over a copy's bandwidth, both measured in the same process. Every round is written at once; what is there is not
-run again.
+A step is 8 conversations of 500 random tokens. ``default`` is the paper's protocol in a plain loop: 8 micro-batches
+of 1, torch's AdamW. ``best_documented`` is one batch of 8 (or the largest that does not run out of memory, then with
+layers recomputed) and the fused AdamW. ``ours`` is the product's own train.py task, with the micro-batch that the
+planner chose. All start from the same saved adapter. Their losses are compared first: a row whose losses differ has
+no figure. Then they run in turn, several rounds; figures are medians over all steps after the warm-up, energy is the
+card's, gross. Rows of one base share a process and its weights; a row within a budget runs under that card's memory,
+its references too. The limit is the longer of the model's FLOPs over the fastest plain matrix product, and of the
+bytes that a step has to move over a copy's bandwidth, both measured in the same process. Every round is written at
+once; what is there is not run again.
 """
 
 from __future__ import annotations

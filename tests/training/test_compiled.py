@@ -87,7 +87,7 @@ def test_a_4_bit_layer_is_compiled_whole_with_bitsandbytes_own_gradient(nested):
 
 
 def test_a_model_without_decoder_layers_is_refused():
-    with pytest.raises(Refusal, match="use trainer.compile=off"):
+    with pytest.raises(Refusal, match=r"use trainer\.compile=off"):
         regional.CompiledLayers(torch.nn.Linear(2, 2), shapes=1)
 
 
@@ -223,9 +223,8 @@ def test_dropout_draws_the_same_masks_and_a_run_resumes_exactly(train_here, tiny
     torch._dynamo.reset()
     train_here([*words, *FAST, f"resume={tmp_path}/fast"], tmp_path / "resumed")
     assert steps(tmp_path / "resumed") == steps(tmp_path / "fast")
-    resumed, straight = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("resumed", "fast")
-    )
+    saved = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("resumed", "fast")]
+    resumed, straight = map(load_file, saved)
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 

@@ -72,5 +72,5 @@ def test_a_model_that_looks_ahead_is_refused(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     check_unmasked(model, list(range(20, 60)), "float32")
     model.model.norm = LooksAhead()
-    with pytest.raises(Refusal, match="trainer.padded_lengths=null"):
+    with pytest.raises(Refusal, match=r"trainer\.padded_lengths=null"):
         check_unmasked(model, list(range(20, 60)), "float32")

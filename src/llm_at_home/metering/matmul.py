@@ -19,23 +19,29 @@ def dense_peak(device: str, dtype: str) -> Reading:
         device: ``cpu`` or ``cuda``.
         dtype: ``float32`` (without TF32, as torch has it), ``bfloat16`` or ``float16``.
     """
-    import torch
-
     size, repeats = SIZES[device], REPEATS[device]
-    times = []
     try:
-        # Of its own, so that a run draws the numbers that it would draw without this.
-        drawn = torch.Generator(device).manual_seed(0)
-        form: Any = {"device": device, "dtype": getattr(torch, dtype), "generator": drawn}
-        a, b = (torch.randn(size, size, **form) for _ in range(2))
-        for _ in range(WARM_UP + repeats):
-            start = now(device)
-            torch.matmul(a, b)
-            times.append(now(device) - start)
+        fastest = _fastest(device, dtype, size, repeats)
     except RuntimeError as error:  # out of memory on a small card, or a dtype without a kernel
         return Reading.unknown("TFLOP/s", str(error).splitlines()[0])
     finally:
-        a = b = form = None
         if device == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
-    return Reading(2 * size**3 / min(times[WARM_UP:]) / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=repeats)
+    return Reading(2 * size**3 / fastest / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=repeats)
+
+
+def _fastest(device: str, dtype: str, size: int, repeats: int) -> float:
+    import torch
+
+    # Of its own, so that a run draws the numbers that it would draw without this.
+    drawn = torch.Generator(device).manual_seed(0)
+    form: Any = {"device": device, "dtype": getattr(torch, dtype), "generator": drawn}
+    a, b = (torch.randn(size, size, **form) for _ in range(2))
+    times = []
+    for _ in range(WARM_UP + repeats):
+        start = now(device)
+        torch.matmul(a, b)
+        times.append(now(device) - start)
+    return min(times[WARM_UP:])

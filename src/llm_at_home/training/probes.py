@@ -82,8 +82,8 @@ def check_unmasked(model: Any, ids: list[int], dtype: str) -> None:
     difference = float((found - wanted).norm() / wanted.norm())
     if not difference <= TOLERANCE[dtype]:
         raise Refusal(
-            f"{_name(model)} looks at what comes after a token (relative difference of the logits {difference:.2g}): use "
-            "trainer.padded_lengths=null"
+            f"{_name(model)} looks at what comes after a token (relative difference of the logits "
+            f"{difference:.2g}): use trainer.padded_lengths=null"
         )
 
 

@@ -77,7 +77,7 @@ class CompiledLayers:
 
 
 def keep_compiled() -> None:
-    """Keep compiled code in this project's cache, from which the next run takes it; a folder of the user's own stays."""
+    """Keep compiled code in this project's cache for the next run, unless the user named a folder."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # torch names its own default there as soon as it is asked for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,8 @@ class Shapes:
             pad_id: token id of the padding.
 
         Returns:
-            ``input_ids``, ``labels`` and, of packed conversations, ``position_ids``, each of shape (rows, tokens), where
-            padding is one more conversation; and ``lengths``, the tokens of each conversation, in the host's memory.
+            ``input_ids``, ``labels`` and, of packed conversations, ``position_ids``, each of shape (rows, tokens),
+            where padding is one more conversation; and ``lengths``, a list of the tokens of each conversation.
         """
         length = batch["input_ids"].shape[1]
         packed = "position_ids" in batch
@@ -60,7 +61,7 @@ class Shapes:
             found["position_ids"] = positions
             ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
             bounds = [0, *ends.tolist(), length]
-            found["lengths"] = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+            found["lengths"] = [b - a for a, b in itertools.pairwise(bounds)]
         else:
             found["lengths"] = batch["attention_mask"].sum(1).tolist()
         return found

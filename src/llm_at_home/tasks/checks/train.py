@@ -137,9 +137,7 @@ def _check_compiled(config: Mapping[str, Any]) -> None:
         raise Refusal(f"{config['model']['name']} sends tokens to experts, which was not tried compiled: {off}")
     check_kernel(gpu, (7, 0), "compiled layers (Triton)", off)
     if gpu["device"] == "cuda" and importlib.util.find_spec("triton") is None:
-        raise Refusal(
-            f"trainer.compile=layers needs Triton, which torch's build for GPUs brings: install that, or {off}"
-        )
+        raise Refusal(f"trainer.compile=layers needs Triton, which torch for GPUs brings: install that, or {off}")
     if gpu["device"] == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Refusal(f"trainer.compile=layers needs a C++ compiler on a CPU: apt-get install g++, or {off}")
 
