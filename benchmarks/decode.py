@@ -130,8 +130,6 @@ def _agreement(model: Any, prompt: list[int], expected: list[int], tokens: list[
 
 def limit(model: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Tokens a second if each step's bytes were read at the speed of a copy."""
-    import torch
-
     from llm_at_home.quantization.size import size_readings
 
     config = model.config
@@ -144,21 +142,9 @@ def limit(model: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     length = args.prompt + args.tokens / 2
     cache = 2 * config.num_hidden_layers * heads * size * length * embedding.element_size()
     found: dict[str, Any] = {"weight_bytes": weights, "cache_bytes": cache}
-    if device != "cuda":
-        return found | {"bandwidth": None, "tokens_per_second": None}
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        best = max(best, 2 * 2**30 / (begin.elapsed_time(end) / 1000))
-    del source, target
-    torch.cuda.empty_cache()
-    return found | {"bandwidth": best, "tokens_per_second": best / (weights + cache)}
+    bandwidth = common.copy_bandwidth(device)
+    pace = bandwidth / (weights + cache) if bandwidth else None
+    return found | {"bandwidth": bandwidth, "tokens_per_second": pace}
 
 
 def _static(model: Any, tokens: int) -> Any:

@@ -189,3 +189,24 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 def write(result: Mapping[str, Any], file: Path) -> None:
     """Write a result file."""
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def copy_bandwidth(device: str) -> float | None:
+    """Bytes a second that a copy of 1 GiB reads and writes on the GPU, the best of twenty; None on a CPU."""
+    if device != "cuda":
+        return None
+    import torch
+
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, 2 * 2**30 / (begin.elapsed_time(end) / 1000))
+    del source, target
+    torch.cuda.empty_cache()
+    return best

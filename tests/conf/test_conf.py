@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.adapters.attach import OWN_KEYS, rank_schedule
-from llm_at_home.tasks import planned, resolve
+from llm_at_home.tasks import fast, planned, resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = ("train", "infer", "evaluate", "quantize", "prune", "merge")
@@ -35,6 +35,7 @@ EXPERIMENTS = {
 REQUIRED = {
     "model/custom": ["model.source=some/model"],
     "data/jsonl": ["data.path=here.jsonl"],
+    "trainer/fast": ["trainer.micro_batch=null"],  # the planner knows GPUs alone
     "merge": ["adapter_path=some/run", "out=some/folder"],
 }
 
@@ -94,7 +95,7 @@ def paths_to_targets(node, prefix=""):
 def test_every_target_is_real_and_takes_its_arguments(path, key):
     config = OmegaConf.load(path)
     node = OmegaConf.select(config, key) if key else config
-    own = (*OWN_KEYS, planned.KEY, "defaults")
+    own = (*OWN_KEYS, *fast.OWN_KEYS, planned.KEY, "defaults")
     keys = [key for key in node if key not in own and not OmegaConf.is_interpolation(node, key)]
     values = {key: node[key] for key in keys}
     if "schedule" in node:

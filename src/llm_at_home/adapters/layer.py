@@ -75,6 +75,19 @@ class FactoredLinear:
         self.module_dropout[adapter_name] = config.module_dropout
         return widths(self.get_base_layer())  # type: ignore[attr-defined]
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Of an input of shape (..., inputs), the base's output of shape (..., outputs) with the update's added.
+
+        PEFT draws a random number in any case and branches on it, which cuts a compiled layer's graph.
+        """
+        if self.disable_adapters or self.merged or any(self.module_dropout.values()):  # type: ignore[attr-defined]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        result = self.base_layer(x, *args, **kwargs)  # type: ignore[attr-defined]
+        for name in self.active_adapters:  # type: ignore[attr-defined]
+            if name in self._available_adapters:  # type: ignore[attr-defined]
+                result = result + self._get_delta_activations(name, x, *args, **kwargs)  # type: ignore[attr-defined]
+        return result.to(x.dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT can approximate the update by a LoRA."""
         return True

@@ -19,6 +19,8 @@ from torch import nn
 
 from llm_at_home.adapters.layer import FactoredLinear, cast_input, is_linear, output_dropout
 
+FUSED_FACTOR = 16  # values of a first factor that compiled code multiplies with one by one
+
 
 class FactoredLoKrLinear(FactoredLinear, LoKrLayer):
     """A linear layer of any library with LoKr beside it; made as :class:`FactoredLinear` says."""
@@ -101,7 +103,11 @@ def _mix(first: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     Returns:
         Of shape (..., out_A, n).
     """
-    return torch.matmul(first.to(rows.dtype), rows)
+    first = first.to(rows.dtype)
+    if torch.compiler.is_compiling() and first.numel() <= FUSED_FACTOR:
+        # Fused with what stands around it, where a product of so small a matrix is a kernel of its own for each token.
+        return (first.unsqueeze(-1) * rows.unsqueeze(-3)).sum(-2)
+    return torch.matmul(first, rows)
 
 
 class FactoredLoKrModel(LoKrModel):

@@ -44,8 +44,9 @@ def optimizer_memory(optimizer: Mapping[str, Any], tensors: Counter[int], bytes_
     kind = str(optimizer["_target_"]).rpartition(".")[2]
     parameters = sum(size * count for size, count in tensors.items())
     if kind in ("AdamW", "Adam"):
-        # torch makes the square roots of all second moments at once.
-        return OptimizerMemory(2.0 * bytes_each * parameters, 0.0, float(bytes_each * parameters))
+        # torch makes the square roots of all second moments at once, unless one kernel does it all.
+        step = 0.0 if optimizer.get("fused") else float(bytes_each * parameters)
+        return OptimizerMemory(2.0 * bytes_each * parameters, 0.0, step)
     if kind == "SGD":
         return OptimizerMemory(float(bytes_each * parameters) if optimizer.get("momentum") else 0.0, 0.0, 0.0)
     if kind == "HostAdamW":

@@ -70,7 +70,8 @@ def batch_of(config: Mapping[str, Any]) -> Batch:
     size, length = data["batch_size"], data["max_length"]
     if data.get("packing"):
         return Batch(1, size * length, masked=size > 1)
-    return Batch(size, length, masked=size > 1 and data["source"] != SYNTHETIC)
+    padded = size > 1 and data["source"] != SYNTHETIC and not config.get("trainer", {}).get("padded_lengths")
+    return Batch(size, length, masked=padded)
 
 
 def with_batch(config: Mapping[str, Any], size: int | None = None, length: int | None = None) -> dict[str, Any]:

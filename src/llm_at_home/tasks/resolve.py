@@ -23,7 +23,7 @@ from llm_at_home.pruning import base as pruning
 from llm_at_home.pruning import checkpoint as pruned
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing
-from llm_at_home.tasks import judging, planned
+from llm_at_home.tasks import fast, judging, planned
 from llm_at_home.tasks.checks import check as check  # what is resolved is checked next
 
 # Which groups an evaluation does not use, by its task; they would only say something untrue in its record.
@@ -80,7 +80,7 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
         config["trainer"]["precision"] = PRECISION[config["dtype"]]
-    return planned.settle(config) if "trainer" in config else config
+    return planned.settle(fast.settle(config)) if "trainer" in config else config
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

@@ -13,8 +13,11 @@ from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
-from llm_at_home.tasks import helper
+from llm_at_home.tasks import fast, helper
 from llm_at_home.tasks.planned import predicted
+
+# Lightning's policies and the dtype of the matrix products under each.
+COMPUTED_IN = {"32-true": "float32", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-mixed": "float16"}
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -26,6 +29,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         record: filled in as the run goes, so that a failed one still tells what it knew.
         tracker: MLflow, or None.
     """
+    start = time.perf_counter()
     from lightning.pytorch import seed_everything
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which importing it sets to INFO
@@ -37,6 +41,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
         _fit(config, folder, record, callbacks)
     finally:
         _read(record, callbacks)
+        _first_step(record, callbacks, start)
 
 
 def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: list[Any]) -> None:
@@ -45,15 +50,21 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.adapters.start import check_start, probe_logits
+    from llm_at_home.metering.matmul import dense_peak
     from llm_at_home.models.loading import has_tokenizer, load_tokenizer
     from llm_at_home.pruning.base import load_base
     from llm_at_home.quantization.base import describe_kernel
     from llm_at_home.training.activations import ChunkedLoss, checkpoint_layers
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
+    from llm_at_home.training.flops import ModelFlops
     from llm_at_home.training.module import CausalLMModule
-    from llm_at_home.training.probes import check_head, check_packing
+    from llm_at_home.training.probes import check_head, check_packing, check_unmasked
+    from llm_at_home.training.regional import CompiledLayers
 
+    if not helper.is_helper():
+        peak = dense_peak(config["gpu"]["device"], COMPUTED_IN[config["trainer"]["precision"]])
+        record.readings["dense_peak"] = peak
     for callback in callbacks:
         if isinstance(callback, PeakMemory):
             callback.before_load(config["gpu"]["device"])
@@ -76,18 +87,25 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     memory = config["memory"]
     if config["data"]["packing"]:
         check_packing(model, ids, config["dtype"])
+    elif config["trainer"]["padded_lengths"]:
+        check_unmasked(model, ids, config["dtype"])
     loss = None
     if memory["loss"] == "liger" or memory["loss_tokens"]:
         loss = ChunkedLoss(model, memory["loss_tokens"])
         check_head(model, loss, ids, config["dtype"])
     record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
+    flops = ModelFlops.of(model)
+    compiled = None
+    if fast.is_compiled(config):
+        shapes = config["trainer"]["padded_lengths"]
+        compiled = CompiledLayers(model, shapes, config["trainer"]["devices"])
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
     module = CausalLMModule(model, optimizer, scheduler, loss)
     processes = config["trainer"]["devices"]
     if processes > 1:
         record.notes.append(f"memory, speed and energy are those of the first of {processes} processes")
     trainer = instantiate(
-        config["trainer"],
+        fast.lightning_options(config["trainer"]),
         accelerator={"cpu": "cpu", "cuda": "gpu"}[config["gpu"]["device"]],
         plugins=[LightningEnvironment()] if processes > 1 else None,
         callbacks=callbacks,
@@ -104,6 +122,11 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
         _losses(record, module.history)
+        _utilisation(record, flops, callbacks, adapter["trains"] != "nothing")
+        if compiled is not None:
+            record.counts |= compiled.counts()
+            record.readings |= compiled.readings()
+            record.notes += compiled.notes()
     if adapter["trains"] != "nothing" and trainer.is_global_zero:
         saved = save_weights(model, folder)
         if adapter["trains"] == "all" and has_tokenizer(config["model"]):
@@ -140,7 +163,8 @@ def _data(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
     conversations, pad_id, bad_lines = _encoded(config)
     try:
         options = config["data"]
-        order = {key: options[key] for key in ("group_by_length", "packing")}
+        order: dict[str, Any] = {key: options[key] for key in ("group_by_length", "packing")}
+        order["shapes"] = fast.shapes(config)
         data = ChatDataModule(conversations, options["batch_size"], pad_id, config["seed"], **order)
     except ValueError as error:
         raise Refusal(f"data={config['data']['name']}: {error}") from error
@@ -165,6 +189,33 @@ def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
     tokenizer = load_tokenizer(config["model"])
     encoded = [encode(tokenizer, c.messages, options["max_length"]) for c in loaded.conversations]
     return encoded, tokenizer.pad_token_id, len(loaded.bad_lines)
+
+
+def _utilisation(record: Record, flops: Any, callbacks: Sequence[Any], backward: bool) -> None:
+    from llm_at_home.training.callbacks.throughput import Throughput
+    from llm_at_home.training.flops import utilisation
+
+    for callback in callbacks:
+        if isinstance(callback, Throughput):
+            measured = callback.measured()
+            made = [flops.of_tokens(tokens, pairs, backward) for _, tokens, pairs in measured]
+            seconds = [second for second, _, _ in measured]
+            peak = record.readings.get("dense_peak")
+            record.readings["model_flop_utilisation"] = utilisation(made, seconds, peak)
+
+
+def _first_step(record: Record, callbacks: Sequence[Any], start: float) -> None:
+    """``time_to_first_step``: from the task's beginning to the end of the first optimizer step, compiling included."""
+    from llm_at_home.training.callbacks.throughput import Throughput
+
+    for callback in callbacks:
+        if isinstance(callback, Throughput):
+            end = callback.first_step_end
+            record.readings["time_to_first_step"] = (
+                Reading(end - start, "s", "synchronized_clock")
+                if end
+                else Reading.unknown("s", "the run made no optimizer step")
+            )
 
 
 def _losses(record: Record, history: Sequence[Mapping[str, float]]) -> None:

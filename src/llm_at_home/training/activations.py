@@ -45,13 +45,16 @@ def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> in
     return sum(layer.gradient_checkpointing for layer in layers)
 
 
-def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of a training batch the model takes.
 
-    transformers tells packed conversations apart by their positions where neither a mask nor a cache is given.
+    transformers tells packed conversations apart by their positions where neither a mask nor a cache is given. Rows
+    without a mask have their padding on the right, where causal attention never looks.
     """
     if "position_ids" in batch:
         return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    if "attention_mask" not in batch:
+        return {"input_ids": batch["input_ids"], "use_cache": False}
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
@@ -85,7 +88,7 @@ class ChunkedLoss:
         self.model, self.causal = model, causal
         self._summed: Callable[..., torch.Tensor] = functools.partial(_in_parts, tokens=tokens) if tokens else _liger
 
-    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The sum of next-token cross entropies in nats, in float32.
 
         Args:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from llm_at_home.models.chat import IGNORED, Encoded
+from llm_at_home.training.shapes import Shapes
 
 GROUPED_BATCHES = 8  # neighbours in the random order that group_by_length may exchange, in batches
 
@@ -26,6 +27,7 @@ class ResumableLoader:
         group_by_length: put conversations of similar length into a batch, so that fewer tokens are padding. Only
             neighbours in the random order are regrouped, and the batches are shuffled again.
         packing: the conversations of a batch stand one after the other in one row, without padding.
+        shapes: round batches up to a few shapes, for a compiled model.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class ResumableLoader:
         seed: int,
         group_by_length: bool = False,
         packing: bool = False,
+        shapes: Shapes | None = None,
     ) -> None:
+        self.shapes = shapes
         self.conversations = conversations
         self.batch_size = batch_size
         self.pad_id = pad_id
@@ -57,7 +61,7 @@ class ResumableLoader:
     def __len__(self) -> int:
         return -(-len(self.conversations) // (self.batch_size * self.processes))
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         batches = self._batches()
         while self.position < len(self):
             number = self.position * self.processes + self.rank
@@ -67,7 +71,8 @@ class ResumableLoader:
             else:
                 ids = self.conversations[0].input_ids[:1]
                 batch = [Encoded(ids, [IGNORED] * len(ids), truncated=True)]
-            yield pack(batch) if self.packing else collate(batch, self.pad_id)
+            made = pack(batch) if self.packing else collate(batch, self.pad_id)
+            yield self.shapes.fill(made, self.pad_id) if self.shapes else made
         self.epoch += 1
         self.position = 0
 
@@ -121,9 +126,19 @@ def pack(conversations: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([row]) for key, row in rows.items()}
 
 
-def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:
+def tokens_in(batch: Mapping[str, Any]) -> int:
     """How many tokens of conversations a batch has, padding not counted."""
+    if "lengths" in batch:
+        return sum(batch["lengths"])
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def pairs_in(batch: Mapping[str, Any]) -> int:
+    """How many pairs of a token and one that it attends to, itself among them, a batch has, padding not counted."""
+    if "position_ids" in batch and "lengths" not in batch:
+        return int((batch["position_ids"] + 1).sum())
+    lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1).tolist()
+    return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def random_conversations(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:
@@ -141,15 +156,13 @@ class ChatDataModule(LightningDataModule):
         batch_size: conversations in a micro-batch.
         pad_id: the tokenizer's padding token.
         seed: of the order.
-        order: ``group_by_length`` and ``packing``, as :class:`ResumableLoader` takes them.
+        order: ``group_by_length``, ``packing`` and ``shapes``, as :class:`ResumableLoader` takes them.
 
     Raises:
         ValueError: when nothing is left to train on.
     """
 
-    def __init__(
-        self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, **order: bool
-    ) -> None:
+    def __init__(self, conversations: Sequence[Encoded], batch_size: int, pad_id: int, seed: int, **order: Any) -> None:
         super().__init__()
         kept = [c for c in conversations if c.trained_tokens > 0]
         if not kept:

@@ -69,26 +69,27 @@ class CausalLMModule(LightningModule):
         schedule = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> torch.Tensor:
         """One micro-batch.
 
         Args:
             batch: ``input_ids``, ``labels``, and ``attention_mask`` or (of packed conversations) ``position_ids``, each
-                of shape (conversations, tokens).
+                of shape (conversations, tokens); ``lengths`` where they are rounded up to a few shapes.
             batch_idx: its number in the epoch.
 
         Returns:
             The sum of the token losses over ``REFERENCE_TOKENS``, a scalar.
         """
+        # Before the forward pass: a GPU that is asked for a number afterwards has to finish first.
+        self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._input_tokens += tokens_in(batch)
         with torch.set_grad_enabled(bool(self._trainable)):
             loss = self._chunked_loss(batch) if self._chunked_loss else self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
-        self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
-        self._input_tokens += tokens_in(batch)
         scaled = loss / REFERENCE_TOKENS
         return scaled if self._trainable else scaled.detach().requires_grad_()
 
-    def _loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         logits = self.model(**model_inputs(batch)).logits
         # Prompt methods put tokens of their own before the conversation's.
         return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])

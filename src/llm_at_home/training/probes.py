@@ -65,6 +65,28 @@ def _last(model: Any, batch: dict[str, list[list[int]]]) -> torch.Tensor:
     return logits.flatten(0, 1)[logits.shape[:2].numel() // 2 :].float().cpu()
 
 
+def check_unmasked(model: Any, ids: list[int], dtype: str) -> None:
+    """See that padding on the right, without a mask, changes nothing before it.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        ids: some token ids of the data.
+        dtype: the configuration's; says what rounding may do.
+
+    Raises:
+        Refusal: where it does.
+    """
+    first = ids[:PROBE_TOKENS]
+    wanted = probe_logits(model, first)
+    found = probe_logits(model, [*first, *first[::-1]])[: len(wanted)]
+    difference = float((found - wanted).norm() / wanted.norm())
+    if not difference <= TOLERANCE[dtype]:
+        raise Refusal(
+            f"{_name(model)} looks at what comes after a token (relative difference of the logits "
+            f"{difference:.2g}): use trainer.padded_lengths=null"
+        )
+
+
 def check_head(model: Any, loss: ChunkedLoss, ids: list[int], dtype: str) -> None:
     """See that the logits are the output layer's and nothing else: what comes after it would be left out.
 

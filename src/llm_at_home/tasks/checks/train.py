@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 from llm_at_home.adapters import compatibility
 from llm_at_home.adapters.attach import rank_schedule
 from llm_at_home.errors import Refusal
-from llm_at_home.hardware.device import resolve_dtype
+from llm_at_home.hardware.device import check_kernel, resolve_dtype
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.models import source
 from llm_at_home.models.logits import capped_logits
 from llm_at_home.records import store
+from llm_at_home.tasks import fast
 from llm_at_home.tasks.checks.synthetic import check_synthetic
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
+from llm_at_home.training.regional import LAYERS, OFF
 
 # Lightning's policies and the dtype of the weights that each is meant for; a wider one may be computed in fewer bits.
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "bf16-true": "bfloat16"}
@@ -24,6 +28,12 @@ PRECISIONS_OF = {
     "float32": ("32-true", "bf16-mixed", "16-mixed"),
     "bfloat16": ("bf16-mixed", "bf16-true"),
     "float16": ("16-mixed",),
+}
+# Whose layers were compiled here without a cut, and what of an adapter cuts them.
+COMPILED_BASES = ("dense", "bitsandbytes", "torchao")
+UNCOMPILED = {
+    "use_dora": "is DoRA, whose norms PEFT computes in code that cannot be compiled",
+    "module_dropout": "drops whole modules at random, on which compiled code cannot branch",
 }
 TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig")
 
@@ -36,6 +46,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_precision(config)
     _check_devices(config)
     _check_memory(config)
+    _check_compiled(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
     if config["trainer"]["max_steps"] < 1:
@@ -98,6 +109,37 @@ def _check_devices(config: Mapping[str, Any]) -> None:
             "a checkpoint has the random states of one process: resume with trainer=default, or go on from its adapter "
             "with adapter_path="
         )
+
+
+def _check_compiled(config: Mapping[str, Any]) -> None:
+    trainer, adapter, gpu = config["trainer"], config["adapter"], config["gpu"]
+    lengths, off = trainer["padded_lengths"], "use trainer.compile=off"
+    if lengths is not None and (type(lengths) is not int or lengths < 1):
+        raise Refusal(f"trainer.padded_lengths={lengths} is no number of lengths: give at least 1, or null")
+    if trainer["compile"] not in (LAYERS, OFF):
+        raise Refusal(f"trainer.compile={trainer['compile']} is unknown: choose {LAYERS} or {OFF}")
+    if not fast.is_compiled(config):
+        return
+    if lengths is None:
+        raise Refusal("trainer.compile=layers would compile each length anew: add trainer.padded_lengths=4")
+    if adapter["trains"] == "nothing":
+        raise Refusal(f"adapter={adapter['name']} trains nothing that compiling could make faster: {off}")
+    if config["quant"]["method"] not in COMPILED_BASES:
+        raise Refusal(f"quant={config['quant']['name']} has kernels that cut a compiled layer: {off}, or quant=nf4")
+    for key, why in UNCOMPILED.items():
+        if adapter.get(key):
+            raise Refusal(f"adapter={adapter['name']} (adapter.{key}={adapter[key]}) {why}: {off}, or adapter=lora")
+    if str(adapter.get("_target_")).endswith("PrefixTuningConfig"):
+        raise Refusal(f"adapter={adapter['name']} hands each layer a cache, for which each is compiled anew: {off}")
+    if config["memory"]["offload"]:
+        raise Refusal(f"memory.offload=true was not tried in a compiled layer: {off}, or memory.offload=false")
+    if source.shape(config["model"]).get("num_local_experts"):
+        raise Refusal(f"{config['model']['name']} sends tokens to experts, which was not tried compiled: {off}")
+    check_kernel(gpu, (7, 0), "compiled layers (Triton)", off)
+    if gpu["device"] == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Refusal(f"trainer.compile=layers needs Triton, which torch for GPUs brings: install that, or {off}")
+    if gpu["device"] == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Refusal(f"trainer.compile=layers needs a C++ compiler on a CPU: apt-get install g++, or {off}")
 
 
 def _check_memory(config: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from llm_at_home.metering.timing import mean_interval95, now
 from llm_at_home.records.schema import Reading
-from llm_at_home.training.data import tokens_in
+from llm_at_home.training.data import pairs_in, tokens_in
 
 
 class Throughput(Callback):
@@ -26,8 +26,10 @@ class Throughput(Callback):
         self.warmup_steps = warmup_steps
         self.seconds: list[float] = []
         self._tokens: list[float] = []
+        self._pairs: list[float] = []
         self._edge: float | None = None
-        self._window_tokens = 0.0
+        self._window_tokens = self._window_pairs = 0.0
+        self.first_step_end: float | None = None  # on the clock of metering.timing.now
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -42,11 +44,19 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The last micro-batch of a step closes it."""
         self._window_tokens += tokens_in(batch)
+        self._window_pairs += pairs_in(batch)
         if trainer.global_step > self._step and self._edge is not None:
             self._step = trainer.global_step
-            self.seconds.append(now(pl_module.device.type) - self._edge)
+            end = now(pl_module.device.type)
+            self.first_step_end = self.first_step_end or end
+            self.seconds.append(end - self._edge)
             self._tokens.append(self._window_tokens)
-            self._edge, self._window_tokens = None, 0.0
+            self._pairs.append(self._window_pairs)
+            self._edge, self._window_tokens, self._window_pairs = None, 0.0, 0.0
+
+    def measured(self) -> list[tuple[float, float, float]]:
+        """Of each step after the warm-up: seconds, tokens, and pairs of a token and one that it attends to."""
+        return list(zip(self.seconds, self._tokens, self._pairs, strict=True))[self.warmup_steps :]
 
     def readings(self) -> dict[str, Reading]:
         """``steps_per_second``, ``tokens_per_second`` (input tokens, padding left out) and ``warmup_time``."""

@@ -1,0 +1,49 @@
+"""What the keys of ``trainer=fast`` that are not Lightning's mean: compiled layers, few shapes, a fused optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_at_home.training.regional import LAYERS, OFF
+
+# Of the trainer group; the rest is Lightning's.
+OWN_KEYS = ("compile", "padded_lengths", "fused")
+FUSED = ("torch.optim.AdamW", "torch.optim.SGD")
+
+
+def settle(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with ``trainer.fused`` handed on to the optimizer, where that has such a kernel.
+
+    A fused optimizer takes an fp16 scaler's factor back inside its step, after the gradients were clipped: with
+    ``16-mixed`` it stays the usual one.
+    """
+    trainer = dict(config["trainer"])
+    if trainer.get("compile") in (None, False):  # YAML reads off so
+        trainer["compile"] = OFF
+    takes = config["optimizer"]["_target_"] in FUSED and trainer["precision"] != "16-mixed"
+    optimizer = config["optimizer"]
+    if trainer.pop("fused", False) and takes:
+        optimizer = {**optimizer, "fused": True}
+    return {**config, "trainer": trainer, "optimizer": optimizer}
+
+
+def lightning_options(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``trainer`` group without the keys that are not Lightning's."""
+    return {key: value for key, value in trainer.items() if key not in OWN_KEYS}
+
+
+def shapes(config: Mapping[str, Any]) -> Any:
+    """The shapes that batches are rounded up to, or None for each batch its own."""
+    from llm_at_home.training.shapes import Shapes
+
+    lengths = config["trainer"].get("padded_lengths")
+    if not lengths:
+        return None
+    rows, length = config["data"]["batch_size"], config["data"]["max_length"]
+    return Shapes(rows, rows * length if config["data"]["packing"] else length, lengths)
+
+
+def is_compiled(config: Mapping[str, Any]) -> bool:
+    """Whether the run compiles its decoder layers."""
+    return bool(config["trainer"].get("compile") == LAYERS)
