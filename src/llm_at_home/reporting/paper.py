@@ -232,7 +232,7 @@ def _finetuning(loaded: Loaded) -> list[Run]:
 
 
 def _newest(runs: Iterable[Run]) -> list[Run]:
-    """One run of each method, model and device: one with a speed first, then that of the most tokens, then the newest."""
+    """One run of each method, model and device: one with a speed first, then of the most tokens, then the newest."""
     best: dict[tuple[object, ...], Run] = {}
 
     def rank(run: Run) -> tuple[bool, bool, int, float]:
