@@ -89,7 +89,8 @@ def pair_items(
         model_1, samples_1 = ours.get(question.question_id, ("", [[]]))
         model_2, samples_2 = theirs.get(question.question_id, ("", [[]]))
         for turn in turns_of(question):
-            for sample, (one, two) in enumerate(zip_longest(samples_1, samples_2, fillvalue=[])):
+            nothing: list[str] = []
+            for sample, (one, two) in enumerate(zip_longest(samples_1, samples_2, fillvalue=nothing)):
                 if min(len(one), len(two)) < turn:
                     unanswered += 1
                     continue
