@@ -173,6 +173,7 @@ def test_the_fused_optimizer_is_torch_s_own_where_there_is_one(resolved, words, 
 RUN = ["model=custom", "limit=30", "data.batch_size=4", "callbacks.accumulation.steps=2", "data.max_length=64"]
 RUN += ["trainer.max_steps=6", "optimizer.lr=1e-2"]
 SMALL = ["adapter=lora", "adapter.r=4"]
+SAME_LENGTH = ["data=synthetic", "data.batch_size=4", "data.max_length=16", "limit=32"]
 
 
 def steps(folder):
@@ -211,7 +212,7 @@ def test_a_fast_run_has_the_losses_of_the_default(train_here, tiny_model, tmp_pa
 @pytest.mark.slow
 def test_dropout_draws_the_same_masks_and_a_run_resumes_exactly(train_here, tiny_model, tmp_path):
     """Where shapes are the same; padding draws further numbers, and inductor has a generator of its own on GPUs."""
-    words = [*RUN, *SMALL, f"model.source={tiny_model}", "adapter.lora_dropout=0.2", "data.max_length=16"]
+    words = [*RUN, *SMALL, f"model.source={tiny_model}", "adapter.lora_dropout=0.2", *SAME_LENGTH]
     words += ["callbacks.checkpoints.every_n_steps=3", "callbacks.checkpoints.keep=2"]
     train_here(words, tmp_path / "default")
     record = train_here([*words, *FAST], tmp_path / "fast")
@@ -236,7 +237,7 @@ def test_inductor_s_code_has_the_same_losses_and_is_kept_for_the_next_run(
 
     monkeypatch.setattr(regional, "BACKEND", "inductor")
     monkeypatch.setenv("LLM_AT_HOME_CACHE", str(tmp_path / "cache"))
-    words = [*RUN, *SMALL, f"model.source={tiny_model}", "quant=nf4", "data.max_length=16"]
+    words = [*RUN, *SMALL, f"model.source={tiny_model}", "quant=nf4", *SAME_LENGTH]
     train_here(words, tmp_path / "default")
     train_here([*words, *FAST], tmp_path / "fast")
     wanted = [step["loss"] for step in steps(tmp_path / "default")]
@@ -252,7 +253,7 @@ def test_inductor_s_code_has_the_same_losses_and_is_kept_for_the_next_run(
 
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(command, tmp_path):
-    words = ("adapter.r=4", "limit=7", "trainer.max_steps=4", "optimizer.lr=1e-2", "rerun=true", "data.max_length=32")
+    words = ("adapter.r=4", "limit=7", "trainer.max_steps=4", "optimizer.lr=1e-2", "rerun=true", "data.max_length=64")
     words += ("callbacks.power.idle_seconds=0", "trainer.padded_lengths=1", "trainer.compile=layers")
     one, two = tmp_path / "one", tmp_path / "two"
     plain = (*words[:-1], "callbacks.accumulation.steps=4", f"hydra.run.dir={one}")
