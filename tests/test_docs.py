@@ -117,7 +117,8 @@ def test_faults_are_found():
 
 
 def test_commands_are_found():
-    text = "    python train.py -m \\\n      seed=1,2  # two\n\n`make plan`, and\n\n```sh\n!python infer.py x=1 | head\n```\n"
+    text = "    python train.py -m \\\n      seed=1,2  # two\n\n`make plan`, and\n\n"
+    text += "```sh\n!python infer.py x=1 | head\n```\n"
     assert code_lines(text) == ["!python infer.py x=1 | head", "python train.py -m seed=1,2  # two", "make plan"]
     assert len(commands(ROOT / "README.md")) > 20
 
