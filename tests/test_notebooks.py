@@ -1,4 +1,4 @@
-"""Both notebooks run from the first cell to the last, on the embedded model and with small limits from the environment."""
+"""Both notebooks run from first to last cell, on the embedded model with small limits from the environment."""
 
 from __future__ import annotations
 
