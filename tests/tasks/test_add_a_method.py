@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "add_a_method.md"
-BLOCK = re.compile(r"`((?:conf|src)/[\w/]+\.(?:yaml|py))`(?:(?!```).)*?```(?:yaml|python)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"`((?:conf|src)/[\w/]+\.(?:yaml|py))`:\n\n```(?:yaml|python)\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "infer.py"):
         shutil.copy(ROOT / name, folder)
-    text = PAGE.read_text()
-    files = {name: content for name, content in BLOCK.findall(text) if not (ROOT / name).exists()}
+    files = dict(BLOCK.findall(PAGE.read_text()))
     assert sorted(files) == [
         "conf/optimizer/nadam.yaml",
         "conf/quant/halved.yaml",

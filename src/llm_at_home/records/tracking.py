@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from llm_at_home.records.mlflow_view import share_view
 from llm_at_home.records.schema import Record
 from llm_at_home.records.store import RECORD
 
@@ -95,7 +96,9 @@ class Tracker:
         if self.uri.startswith("sqlite:///"):
             location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
         try:
-            return self._client.create_experiment(self.experiment, artifact_location=location)
+            made = self._client.create_experiment(self.experiment, artifact_location=location)
+            share_view(self._client, made)
+            return made
         except Exception:
             # A server may have been asked by another job in between.
             found = self._client.get_experiment_by_name(self.experiment)
@@ -112,6 +115,7 @@ class Tracker:
         name = f"sweep {Path(str(self.sweep)).name}"
         run = self._client.create_run(experiment_id, tags={tag: str(self.sweep), "mlflow.runName": name})
         self._client.set_terminated(run.info.run_id)
+        share_view(self._client, experiment_id, run.info.run_id)
         return run.info.run_id
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
