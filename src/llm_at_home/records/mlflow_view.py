@@ -1,7 +1,7 @@
 """The view of an experiment that MLflow's UI opens with: the columns that a comparison needs, sweeps unfolded.
 
-MLflow keeps a shared view as a tag of the experiment; ``?viewStateShareKey=llm-at-home`` behind its address opens it. Nobody's own
-view is changed. A column that no run has a value for is not shown.
+MLflow keeps a shared view as a tag of the experiment; ``?viewStateShareKey=llm-at-home`` behind its address opens it.
+Nobody's own view is changed. A column that no run has a value for is not shown.
 """
 
 from __future__ import annotations
