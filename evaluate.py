@@ -9,8 +9,8 @@ from llm_at_home.tasks import launch
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(config: DictConfig) -> float | None:
-    """Run one evaluation job in a process of its own and return its metric."""
+def main(config: DictConfig) -> float | list[float] | None:
+    """Run one evaluation job in a process of its own and return its metric or metrics."""
     return launch.job("evaluate", config)
 
 

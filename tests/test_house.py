@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from llm_at_home.reporting import readme
 
@@ -56,21 +54,6 @@ def test_a_room_imports_from_lower_floors_only(room):
 def test_entry_points_are_thin():
     for name in ("train.py", "infer.py", "evaluate.py"):
         assert len((ROOT / name).read_text().splitlines()) < 40
-
-
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    return sorted(set(re.findall(r"python ((?:train|infer|evaluate)\.py[^\n`#]*)", text)))
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_every_command_in_the_readme_composes(line):
-    script, *words = shlex.split(line)
-    words = [word for word in words if not word.startswith("-") and word not in ("job",)]
-    # a sweep's values one by one
-    singles = [word.split(",")[0] for word in words]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose(script.removesuffix(".py"), singles)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quantization.md", "docs/claims.md"])

@@ -10,9 +10,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from llm_at_home.records.mlflow_view import share_view
 from llm_at_home.records.schema import Record
 from llm_at_home.records.store import RECORD
 
@@ -72,7 +76,7 @@ class Tracker:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        with _store_lock(self.uri):
+        with _store_lock(self.uri), _sweep_lock(self.sweep):
             self._client = MlflowClient(self.uri)
             experiment_id = self._experiment_id()
             parent = self._parent_run(experiment_id) if self.sweep else None
@@ -91,7 +95,16 @@ class Tracker:
         location = None
         if self.uri.startswith("sqlite:///"):
             location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-        return self._client.create_experiment(self.experiment, artifact_location=location)
+        try:
+            made = self._client.create_experiment(self.experiment, artifact_location=location)
+            share_view(self._client, made)
+            return made
+        except Exception:
+            # A server may have been asked by another job in between.
+            found = self._client.get_experiment_by_name(self.experiment)
+            if found is None:
+                raise
+            return found.experiment_id
 
     def _parent_run(self, experiment_id: str) -> str:
         tag = "llm_at_home.sweep"
@@ -102,6 +115,7 @@ class Tracker:
         name = f"sweep {Path(str(self.sweep)).name}"
         run = self._client.create_run(experiment_id, tags={tag: str(self.sweep), "mlflow.runName": name})
         self._client.set_terminated(run.info.run_id)
+        share_view(self._client, experiment_id, run.info.run_id)
         return run.info.run_id
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -134,14 +148,15 @@ def _metric_name(name: str) -> str:
     return re.sub(r"[^\w/ .-]", "_", name)
 
 
+def _sweep_lock(sweep: str | None) -> Any:
+    """A lock in the sweep's folder, which all its jobs see, also on other machines: its parent run is made once."""
+    return FileLock(Path(sweep) / "mlflow.lock", timeout=120) if sweep and Path(sweep).is_dir() else nullcontext()
+
+
 def _store_lock(uri: str) -> Any:
     """A lock while a sqlite store may be created: several processes that create it together crash."""
-    import contextlib
-
-    from filelock import FileLock
-
     if not uri.startswith("sqlite:///"):
-        return contextlib.nullcontext()
+        return nullcontext()
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock", timeout=120)

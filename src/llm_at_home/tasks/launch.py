@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ def run(main: Callable[[], Any]) -> None:
     sys.exit(sweep.exit_code())
 
 
-def job(task: str, composed: DictConfig) -> float | None:
-    """Run one job from its composed configuration and return its metric, or None where it has none."""
+def job(task: str, composed: DictConfig) -> float | list[float] | None:
+    """Run one job from its composed configuration and return its metric or metrics, or None where one is unknown."""
     hydra = HydraConfig.get()
     is_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     folder = Path(hydra.runtime.output_dir)
@@ -184,11 +184,16 @@ def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path,
     return record
 
 
-def _metric(record: Record | None, name: str | None) -> float | None:
-    if record is None or name is None:
+def _metric(record: Record | None, wanted: str | Sequence[str] | None) -> float | list[float] | None:
+    if record is None or wanted is None:
         return None
     figures: Mapping[str, Any] = {**record.readings, **record.quality}
-    return figures[name].value if name in figures else None
+    names = [wanted] if isinstance(wanted, str) else wanted
+    values = [figures[name].value if name in figures else None for name in names]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return known[0] if isinstance(wanted, str) else known
 
 
 def _short(folder: Path) -> str:

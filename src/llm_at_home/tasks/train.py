@@ -131,6 +131,19 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         saved = save_weights(model, folder)
         if adapter["trains"] == "all" and has_tokenizer(config["model"]):
             load_tokenizer(config["model"]).save_pretrained(saved)  # so that model.source= reads it as it is
+    if config["held_out"] and trainer.is_global_zero:
+        record.quality["perplexity_test"] = _held_out(config, model)
+
+
+def _held_out(config: Mapping[str, Any], model: Any) -> Reading:
+    """Perplexity on the first conversations of the test split, none of which was trained on."""
+    from llm_at_home.data.sources import load_group
+    from llm_at_home.evaluation.perplexity import conversation_perplexity
+    from llm_at_home.models.loading import load_tokenizer
+
+    loaded = load_group(config["data"], "test", config["held_out"], config["seed"])
+    messages = [conversation.messages for conversation in loaded.conversations]
+    return conversation_perplexity(model.eval(), load_tokenizer(config["model"]), messages)
 
 
 def _callbacks(config: Mapping[str, Any], folder: Path, tracker: Tracker | None) -> list[Any]:
