@@ -74,7 +74,7 @@ def _write(config: Mapping[str, Any], model: Any, tokenizer: Any) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="../../../conf", config_name="merge")
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     """Merge in a process of its own and return the metric."""
     return launch.job("merge", config)
 

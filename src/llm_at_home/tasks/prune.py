@@ -33,7 +33,7 @@ def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker |
 
 
 @hydra.main(version_base="1.3", config_path="../../../conf", config_name="prune")
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     """Run one making in a process of its own and return its metric."""
     return launch.job("prune", config)
 

@@ -48,7 +48,7 @@ def _load(config: Mapping[str, Any], record: Record) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="../../../conf", config_name="quantize")
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     """Run one making in a process of its own and return its metric."""
     return launch.job("quantize", config)
 
