@@ -39,7 +39,7 @@ test: setup ## the tests (under 15 minutes on two cores)
 	$(PY) -m pytest -n 2 --dist worksteal
 
 test-slow: setup ## the tests that take minutes, the demo among them
-	$(PY) -m pytest -m slow --timeout=1800
+	$(PY) -m pytest -m slow --timeout=1800 -n 2 --dist worksteal
 
 lint: setup ## ruff (style, imports, docstrings) and mypy
 	$(PY) -m ruff check .

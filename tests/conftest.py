@@ -17,9 +17,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MLFLOW_DIS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Quick tests have tiny models, which a second thread slows down, and beside other work many times."""
-    if "not slow" in config.option.markexpr:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Two tests run at once: a second thread of each would only wait, and tiny models are faster without it anyway."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def fault(command: str) -> str | None:
     program, words = words[0], words[1:]
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
-        targets = [word for word in words if "=" not in word]
+        targets = [word for word in words if "=" not in word and not word.startswith("-")]
         missing = [target for target in targets if not re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)]
         if missing:
             return f"no target {', '.join(missing)}"

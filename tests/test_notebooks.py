@@ -1,4 +1,4 @@
-"""The notebooks run from first to last cell, on the embedded model with small limits from the environment."""
+"""Both notebooks run from first to last cell, on the embedded model with small limits from the environment."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "quantized_inference": {"NOTEBOOK_METHODS": "none,nf4", "NOTEBOOK_FIDELITY": "nf4", "NOTEBOOK_TOKENS": "6"},
+    "fine_tuning": {"NOTEBOOK_STEPS": "4"},
 }
 # What an executed notebook must have said.
 SAID = {
     "quantized_inference": ["2 jobs: 2 ok", "<td>nf4</td><td>ok</td>", "--- nf4", "1 jobs: 1 ok"],
+    "fine_tuning": ["3 jobs: 3 ok", "4 jobs: 4 ok", "adalora    exact match", "lokr       exact match", "> "],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -233,10 +234,13 @@ def test_grades_that_nobody_gave_are_unknown_beside_the_published_ones(progress)
 
 
 def test_make_s_own_dry_run_asks_for_the_list():
-    done = subprocess.run(["make", "-n", "paper", "PY=echo", "MODEL=x"], cwd=ROOT, capture_output=True, text=True)
-    assert "-m llm_at_home.tasks.paper model=x --dry-run" in done.stdout
-    plain = subprocess.run(["make", "-o", "setup", "paper", "PY=echo"], cwd=ROOT, capture_output=True, text=True)
-    assert plain.stdout.splitlines()[-1] == "-m llm_at_home.tasks.paper"
+    def said(*words):
+        # Not as a make below `make test`, which would say which folder it enters and leaves.
+        plain = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+        return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env=plain).stdout
+
+    assert "-m llm_at_home.tasks.paper model=x --dry-run" in said("-n", "paper", "PY=echo", "MODEL=x")
+    assert said("-o", "setup", "paper", "PY=echo").splitlines()[-1] == "-m llm_at_home.tasks.paper"
 
 
 @pytest.mark.slow
