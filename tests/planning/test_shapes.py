@@ -69,7 +69,7 @@ def test_an_adapter_trains_as_many_parameters_as_peft_says(plain, adapter, model
         config["adapter"]["init_lora_weights"] = True  # as many, and no decomposition to wait for
     config["adapter"].pop("loftq", None)
     architecture = shape(config["model"]) | {"num_hidden_layers": 2}
-    config["model"]["architecture"] = dict(architecture)
+    config["model"] |= {"architecture": dict(architecture), "weights": "random"}
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
     made = prepare_for_training(base, config["adapter"], None, 100)
