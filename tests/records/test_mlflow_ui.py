@@ -64,25 +64,28 @@ def browser():
         launched.close()
 
 
-def test_a_sweep_can_be_compared(address, browser, tmp_path):
+def test_a_sweep_can_be_compared(address, browser):
     page = browser.new_page(viewport={"width": 1500, "height": 620})
     page.set_default_timeout(90_000)
     page.goto(address)
     page.get_by_text("sweep demo").first.wait_for()
-    # The jobs stand below their sweep, unfolded.
+    assert page.get_by_text("infer nf4", exact=True).count() == 0
+    page.locator(".ag-row", has_text="sweep demo").first.locator("button").first.click()
     for name in ("none", "nf4", "int8"):
         page.get_by_text(f"infer {name}", exact=True).first.wait_for()
-        figures = store.load(SWEEP / name).readings
-        assert figures["decode_tokens_per_second"].value is not None
     shown = page.inner_text("body")
     for column in ("quant", "gpu", *FIGURES):
         assert column in shown
-    page.get_by_text("4 matching runs").wait_for()
-    page.screenshot(path=str(tmp_path / "mlflow.png"))
-    # A chart of a figure over the runs, and the files of one.
-    page.get_by_role("radio", name="Chart view").or_(page.get_by_title("Chart view")).first.click(force=True)
-    page.locator(".js-plotly-plot").first.wait_for()
-    page.goto(address)
+    for name in ("none", "nf4", "int8"):
+        speed = store.load(SWEEP / name).readings["decode_tokens_per_second"].value
+        assert speed is not None
+        assert f"{speed:.6f}"[:8] in shown
+    # Charts of the same runs, and the files of one.
+    page.locator("label:has(input[value=CHART])").first.click(force=True)
+    page.get_by_text("Model metrics").wait_for()
+    page.get_by_text("bits_per_weight", exact=True).first.wait_for()
+    page.locator(".js-plotly-plot svg").first.wait_for()
+    page.locator("label:has(input[value=TABLE])").first.click(force=True)
     page.get_by_text("infer nf4", exact=True).first.click()
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("record.json").first.wait_for()

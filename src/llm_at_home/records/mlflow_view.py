@@ -1,4 +1,4 @@
-"""The view of an experiment that MLflow's UI opens with: the columns that a comparison needs, sweeps unfolded.
+"""The view of an experiment that MLflow's UI opens with: the columns that a comparison needs.
 
 MLflow keeps a shared view as a tag of the experiment; ``?viewStateShareKey=llm-at-home`` behind its address opens it.
 Nobody's own view is changed. A column that no run has a value for is not shown.
@@ -26,18 +26,12 @@ METRICS = (
 )
 
 
-def share_view(client: Any, experiment_id: str, parent: str | None = None) -> None:
-    """Keep the view in the experiment, with the jobs of one more sweep in sight.
+def share_view(client: Any, experiment_id: str) -> None:
+    """Keep the view in the experiment.
 
     Args:
         client: an ``MlflowClient``.
         experiment_id: of the experiment that is looked at.
-        parent: the run id of the sweep's parent run.
     """
-    kept = client.get_experiment(experiment_id).tags.get(TAG)
-    expanded = json.loads(kept)["runsExpanded"] if kept else {}
-    if parent:
-        expanded[parent] = True
     columns = [f"tags.`{name}`" for name in TAGS] + [f"metrics.`{name}`" for name in METRICS]
-    state = {"selectedColumns": columns, "runsExpanded": expanded}
-    client.set_experiment_tag(experiment_id, TAG, json.dumps(state))
+    client.set_experiment_tag(experiment_id, TAG, json.dumps({"selectedColumns": columns}))

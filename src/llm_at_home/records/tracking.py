@@ -115,7 +115,6 @@ class Tracker:
         name = f"sweep {Path(str(self.sweep)).name}"
         run = self._client.create_run(experiment_id, tags={tag: str(self.sweep), "mlflow.runName": name})
         self._client.set_terminated(run.info.run_id)
-        share_view(self._client, experiment_id, run.info.run_id)
         return run.info.run_id
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
