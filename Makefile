@@ -12,7 +12,7 @@ help: ## list the targets
 setup: ## .venv, the package, the embedded model, MT-bench's files; a second call does nothing
 	@$(PYTHON) scripts/setup.py
 
-demo: setup ## quantized inference, fine-tuning, evaluation and report on the embedded model (under 10 minutes on two cores)
+demo: setup ## quantized inference, fine-tuning, evaluation and report on the embedded model (8 to 12 minutes on two cores)
 	$(PY) infer.py -m experiment=demo quant=none,nf4,int8 hydra.sweep.dir=$(DEMO)/infer
 	$(PY) evaluate.py -m judge=local judge.mode=both limit=2 baseline=$(DEMO)/infer/none answers=$(DEMO)/infer/nf4,$(DEMO)/infer/int8 hydra.sweep.dir=$(DEMO)/judge
 	$(PY) evaluate.py task=text hydra.run.dir=$(DEMO)/before
