@@ -18,7 +18,6 @@ once; what is there is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -176,7 +175,6 @@ def _said(one: dict[str, Any]) -> str:
 
 def limit(args: argparse.Namespace, config: dict[str, Any], base: Any, folder: Path) -> dict[str, Any]:
     """Steps a second if the card did nothing but the model's own work, as fast as it can."""
-    import finetune_contenders as contenders
 
     from llm_at_home.adapters.attach import prepare_for_training, trainable_parameters
     from llm_at_home.metering.matmul import dense_peak
@@ -186,7 +184,7 @@ def limit(args: argparse.Namespace, config: dict[str, Any], base: Any, folder: P
     device, tokens = config["gpu"]["device"], args.batch * args.tokens
     peak, bandwidth = dense_peak(device, config["dtype"]), common.copy_bandwidth(device)
     weights = (size_readings(base)["model_size"].value or 0.0) * 1e9
-    with contenders.bare(base):
+    with common.bare(base):
         model = prepare_for_training(base, config["adapter"], folder)
         flops = ModelFlops.of(model).of_tokens(tokens, args.batch * args.tokens * (args.tokens + 1) / 2)
         # Every weight is read forth and back.
@@ -269,7 +267,7 @@ def table(folder: Path) -> str:
     """The rows of a folder as Markdown."""
     lines = [["method", "budget (GB)", "ours (steps/s)", "setting", "reference", "its setting", "its steps/s", "ratio"]]
     lines[0] += ["goal", "share of limit", "J/step", "its J/step", "peak (GB)", "first step (s)", "note"]
-    for row in rows(stored(folder)):
+    for row in rows(common.stored(folder, WORK)):
         first = row["first_step_seconds"]
         lines.append(
             [
@@ -289,14 +287,8 @@ def table(folder: Path) -> str:
     return common.markdown(lines)
 
 
-def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, in the order of ``WORK``."""
-    files = [folder / f"{name}.json" for name in WORK]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
-
-
 def _missing(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    done = {result["name"] for result in stored(args.out) if result["done"]}
+    done = {result["name"] for result in common.stored(args.out, WORK) if result["done"]}
     return [name for name in names if name not in done]
 
 
@@ -340,7 +332,7 @@ def _measure_all(args: argparse.Namespace) -> int:
         options = [f"--{key}={getattr(args, key)}" for key in ("out", "model", "tokens", "batch", "steps", "rounds")]
         command = [sys.executable, sys.argv[0], *options, f"--until={until}", "--work", *todo, "--", *args.overrides]
         subprocess.run(command, env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
-    common.write({"rows": rows(stored(args.out))}, args.out / "rows.json")
+    common.write({"rows": rows(common.stored(args.out, WORK))}, args.out / "rows.json")
     print(table(args.out))
     left = _missing(args, names)
     print(f"not there: {', '.join(left)}" if left else "all rows are there")

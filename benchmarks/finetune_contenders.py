@@ -5,7 +5,6 @@ Each starts from the same saved adapter, on the same base, and sees the same con
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rows as common
 import torch
 
 from llm_at_home.metering.energy import EnergyMeter
@@ -56,26 +56,6 @@ class Steps(Throughput):
             self.meter.close()
 
 
-@contextlib.contextmanager
-def bare(base: Any) -> Iterator[None]:
-    """Whatever is put on the base is taken off again: adapters, compiled code, recomputing."""
-    modules = {name: module for name, module in base.named_modules() if name}
-    trained = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            parent, _, last = name.rpartition(".")
-            setattr(modules[parent] if parent else base, last, module)
-            module._compiled_call_impl = None
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-        for name, parameter in base.named_parameters():
-            parameter.grad = None
-            parameter.requires_grad_(trained[name])
-        empty()
-
-
 def empty() -> None:
     """Let go of what nobody holds."""
     gc.collect()
@@ -88,7 +68,7 @@ def start(base: Any, config: dict[str, Any], folder: Path) -> None:
     from llm_at_home.adapters.attach import prepare_for_training
 
     torch.manual_seed(0)
-    with bare(base):
+    with common.bare(base):
         prepare_for_training(base, config["adapter"], None, config["trainer"]["max_steps"]).save_pretrained(folder)
 
 
@@ -103,7 +83,7 @@ def reference(base: Any, name: str, args: Any, config: dict[str, Any], folder: P
         if args.batch % size:
             continue
         try:
-            with bare(base):
+            with common.bare(base):
                 return _plain(base, name, size, recompute, args, config, folder, steps)
         except torch.cuda.OutOfMemoryError as error:
             why = str(error).splitlines()[0]
@@ -214,7 +194,7 @@ def ours(base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int)
     CausalLMModule.cpu = lambda self: self  # type: ignore[method-assign]
     begin = time.perf_counter()
     try:
-        with bare(base), tempfile.TemporaryDirectory(prefix="finetune_") as run:
+        with common.bare(base), tempfile.TemporaryDirectory(prefix="finetune_") as run:
             train.run(config, Path(run), record, None)
             lines = [line.split(",") for line in (Path(run) / "metrics.csv").read_text().splitlines()]
     except torch.cuda.OutOfMemoryError as error:

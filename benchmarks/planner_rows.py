@@ -9,8 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +192,7 @@ def one(words: list[str], args: argparse.Namespace, load: Any) -> Record:
     emulation = cap_memory(config["gpu"]) if config["gpu"]["device"] == "cuda" else None
     if emulation:
         record.provenance["emulation"] = emulation
-    with restored(load(config)), tempfile.TemporaryDirectory(prefix="planner_") as folder:
+    with common.bare(load(config)), tempfile.TemporaryDirectory(prefix="planner_") as folder:
         record.provenance["base_alone"] = _empty(config)
         try:
             resolve.task_module(task).run(config, Path(folder), record, None)
@@ -207,26 +205,6 @@ def one(words: list[str], args: argparse.Namespace, load: Any) -> Record:
 def _model(words: list[str], args: argparse.Namespace) -> list[str]:
     named = [] if any(word.startswith("model=") for word in words) else ["model=llama2_7b"]
     return [*named, *(f"model.architecture.{key}={value}" for key, value in TINY.items())] if args.tiny else named
-
-
-@contextmanager
-def restored(model: Any) -> Iterator[None]:
-    """Whatever a row puts on the base is taken off again, and its layers keep everything for the backward pass."""
-    before = {name: module for name, module in model.named_modules() if name}
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            parent, _, last = name.rpartition(".")
-            setattr(before[parent] if parent else model, last, module)
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        model.requires_grad_(False).eval()
-        for parameter in model.parameters():
-            parameter.grad = None
 
 
 def _empty(config: dict[str, Any]) -> dict[str, float] | None:

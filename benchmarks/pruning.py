@@ -40,7 +40,7 @@ LOST = ("perplexity", "kl_divergence_mean", "top1_agreement", "pruning_time")
 
 SPEED = {name: [f"prune.kernel={name}"] for name in ("dense", "semi_structured")}
 INFER = ["infer.py", "experiment=table1", "prune=magnitude", "prune.pattern=2:4", "dtype=bfloat16", "gpu=cuda"]
-INFER += ["engine.batch_size=16", "engine.max_new_tokens=64", "repeats=2"]
+INFER += ["engine=eager", "engine.batch_size=16", "engine.max_new_tokens=64", "repeats=2"]
 GAINED = ("torch_allocated_peak", "prefill_tokens_per_second", "decode_tokens_per_second")
 KERNELS = "kernels.json"
 # Outputs and inputs of Llama-2-7B's matrices: attention's, the MLP's way in and its way out.

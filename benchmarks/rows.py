@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +181,38 @@ def run_methods(
     return int(failed)
 
 
-def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, in the order of ``DECODED``."""
-    files = [folder / f"{method}.json" for method in DECODED]
+def stored(folder: Path, names: Iterable[str] = DECODED) -> list[dict[str, Any]]:
+    """The results of a folder, in the order of the names."""
+    files = [folder / f"{name}.json" for name in names]
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
 def write(result: Mapping[str, Any], file: Path) -> None:
     """Write a result file."""
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@contextmanager
+def bare(base: Any) -> Iterator[None]:
+    """Whatever a row puts on a base is taken off again: adapters, compiled code, recomputing, gradients."""
+    modules = {name: module for name, module in base.named_modules() if name}
+    trained = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    training = base.training
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            parent, _, last = name.rpartition(".")
+            setattr(modules[parent] if parent else base, last, module)
+            module._compiled_call_impl = None
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        for name, parameter in base.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(trained[name])
+        base.train(training)
 
 
 def copy_bandwidth(device: str) -> float | None:

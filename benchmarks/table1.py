@@ -25,7 +25,8 @@ from llm_at_home.reporting import facts, published
 # Of conf/experiment/paper, in the protocol of conf/experiment/table1.yaml.
 NAMES = ("none_float32", "none_bfloat16", "int8", "nf4", "nf4_nested", "gptq", "awq")
 PAPER = {name: [f"experiment=[paper/{name},table1]"] for name in NAMES}
-OTHERS = {name: ["experiment=table1", f"quant={name}"] for name in ("fp4", "int4_torchao", "int8_torchao", "rtn")}
+UNPUBLISHED = ("fp4", "int4_torchao", "int8_torchao", "rtn")
+OTHERS = {name: ["experiment=table1", "engine=eager", f"quant={name}"] for name in UNPUBLISHED}
 HEADLINE = ("decode_tokens_per_second", "energy_per_token", "torch_allocated_peak")
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,23 +28,6 @@ HOSTILE = (
     + "x" * 20_000
     + "\n\u05e9\u05dc\u05d5\u05dd, \u0645\u0631\u062d\u0628\u0627\n\x07\x1b[31mred"
 )
-
-
-def chromium() -> str:
-    found = shutil.which("chromium")
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium: apt-get install chromium")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -79,7 +60,7 @@ def saved(page: Any) -> None:
     page.locator("#state").filter(has_text=re.compile("^Saved$")).wait_for()
 
 
-def test_eight_raters_finish_while_the_server_is_killed_twice_and_nothing_acknowledged_is_lost(server):
+def test_eight_raters_finish_while_the_server_is_killed_twice_and_nothing_acknowledged_is_lost(server, chromium):
     chosen: dict[tuple[int, int], int] = {}
     acknowledged: dict[tuple[int, int], int] = {}
     lost: list[Any] = []
@@ -138,7 +119,7 @@ def test_eight_raters_finish_while_the_server_is_killed_twice_and_nothing_acknow
         from playwright.async_api import async_playwright
 
         async with async_playwright() as playwright:
-            browser = await playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+            browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             raters = [rate(browser, rater) for rater in range(1, RATERS + 1)]
             await asyncio.wait_for(asyncio.gather(kill_now_and_then(), *raters), 240)
             await browser.close()

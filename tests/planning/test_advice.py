@@ -13,9 +13,10 @@ import pytest
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Price, load_catalogue
 from llm_at_home.planning import advice_text, cost, measurements, speed
-from llm_at_home.planning.__main__ import answer, compose_plan
+from llm_at_home.planning.__main__ import answer
 from llm_at_home.planning.advice import choice
 from llm_at_home.planning.allocator import constants
+from llm_at_home.planning.composing import composed
 from llm_at_home.planning.plan import Target, settle
 from llm_at_home.planning.shape import Shape
 from llm_at_home.records import store
@@ -27,7 +28,7 @@ CARDS = load_catalogue()
 
 def ask(*words):
     named = {word.partition("=")[0] for word in words}
-    return answer(compose_plan(words), named)
+    return answer(composed("plan", words), named)
 
 
 def values(*words):
@@ -103,8 +104,8 @@ def test_the_stated_error_is_that_against_the_paper_s_a100(kind):
         if figure is None:
             continue
         words = ["task=infer" if kind == "eager" else f"adapter={row['adapter']}"]
-        composed = compose_plan([*words, f"quant={row['quant']}", f"dtype={row['dtype'] or 'auto'}"])
-        config = settle(plain(composed), Target.of(card))
+        config = composed("plan", [*words, f"quant={row['quant']}", f"dtype={row['dtype'] or 'auto'}"])
+        config = settle(plain(config), Target.of(card))
         shape = Shape.of(config["model"])
         if kind == "training":
             rate = speed.training(config, shape, card).rate.value
@@ -163,8 +164,8 @@ def test_the_answer_is_a_screen_and_says_what_is_predicted():
 
 
 def test_a_choice_is_composed_as_hydra_does():
-    assert choice("quant", "gptq_mixed") == plain(compose_plan(["quant=gptq_mixed"]))["quant"]
-    assert choice("adapter", "lokr") == plain(compose_plan(["adapter=lokr"]))["adapter"]
+    assert choice("quant", "gptq_mixed") == plain(composed("plan", ["quant=gptq_mixed"]))["quant"]
+    assert choice("adapter", "lokr") == plain(composed("plan", ["adapter=lokr"]))["adapter"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -49,19 +48,6 @@ def address(tmp_path_factory):
     yield f"http://127.0.0.1:{port}/#/experiments/1/runs?viewStateShareKey={mlflow_view.KEY}"
     os.killpg(server.pid, 15)
     server.wait(timeout=20)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    found = shutil.which("chromium")
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def test_a_sweep_can_be_compared(address, browser):

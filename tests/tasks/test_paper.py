@@ -55,6 +55,13 @@ def test_every_row_that_the_paper_published_is_among_the_runs(progress):
         assert (row["adapter"], row["quant"], row["dtype"] or "auto") in trained
 
 
+@pytest.mark.parametrize("protocol", ["", ",table1", ",small/inference"])
+def test_rows_of_table_1_are_generate_s_in_every_protocol_and_llama_cpp_its_own(protocol):
+    for row in ("none_float32", "nf4", "awq", "stock", "llamacpp"):
+        engine = composed("infer", [f"experiment=[paper/{row}{protocol}]"]).engine.name
+        assert engine == ("llamacpp" if row == "llamacpp" else "eager"), row
+
+
 def test_the_protocol_follows_the_weights_and_the_device(progress, monkeypatch):
     assert rows.protocol_of(read(["model.weights=random"])) == "resources"
     assert rows.protocol_of(read(["model=smollm2_135m"])) == "small"
@@ -207,7 +214,7 @@ def test_another_number_of_bits_is_no_evidence():
 def test_what_is_scaled_to_the_paper_s_steps_is_apart_and_says_from_how_many(progress):
     record = store.load(ROOT / "results/h100/table3/lora_nf4")
     run = next(run for run in progress(*RANDOM).planned if run.name == "q_lora")
-    row = summary.row(run, "ok", "", record, 15000, None)
+    row = summary.row(run, "ok", "", record, None)
     each = record.readings["energy_per_step"].value
     assert row.measured["energy_per_step"].value == each
     assert row.extrapolated["energy"].value == pytest.approx(each * 15000 / 3600)
@@ -215,22 +222,22 @@ def test_what_is_scaled_to_the_paper_s_steps_is_apart_and_says_from_how_many(pro
     assert not set(row.measured) & set(row.extrapolated)
     assert row.published["energy_wh"] == 7990
     whole = Record("train", "ok", record.config, readings=record.readings, counts={"optimizer_steps": 15000})
-    assert summary.row(run, "ok", "", whole, 15000, None).extrapolated == {}
+    assert summary.row(run, "ok", "", whole, None).extrapolated == {}
 
 
 def test_grades_that_nobody_gave_are_unknown_beside_the_published_ones(progress):
     record = store.load(ROOT / "results/h100/table1/nf4_b1")
     run = next(run for run in progress(*RANDOM).planned if run.name == "nf4")
-    grades = summary.row(run, "ok", "", record, 15000, None).grades
+    grades = summary.row(run, "ok", "", record, None).grades
     assert grades["ours"]["value"] is None
     assert grades["ours"]["reason"] == "nobody has graded this yet"
     assert grades["published"]["mean"] == 2.9
     other = store.load(ROOT / "results/two_core_cpu/methods/gptq_3/infer")  # the paper's GPTQ has four bits
-    beside = summary.row(run, "ok", "", other, 15000, None)
+    beside = summary.row(run, "ok", "", other, None)
     assert (beside.published, beside.grades["published"]) == (None, None)
     study = Record("human", config={"models": [{"label": "A", "config_hash": record.config_hash}]})
     study.quality["human_grade/A"] = Reading(3.5, "points", "people", n=40)
-    assert summary.row(run, "ok", "", record, 15000, study).grades["ours"]["value"] == 3.5
+    assert summary.row(run, "ok", "", record, study).grades["ours"]["value"] == 3.5
 
 
 def test_make_s_own_dry_run_asks_for_the_list():

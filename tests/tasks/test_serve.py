@@ -78,6 +78,20 @@ def test_what_cannot_be_served_is_refused(words: list[str], said: str) -> None:
         resolve.check("infer", config)
 
 
+def test_a_file_of_one_s_own_is_not_held_to_the_context_of_another_model(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.evaluation.judge.local import find_gguf
+    from llm_at_home.tasks import resolve
+
+    words = ["mode=serve", "logger=none", "gpu=cpu", "quant=gguf", f"quant.path={find_gguf()}", "serve.context=20000"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words.append(f"serve.port={free.getsockname()[1]}")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        resolve.check("infer", resolve.resolve("infer", compose("infer", words), words))
+
+
 def test_a_port_that_is_taken_is_refused_before_anything_loads(command: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

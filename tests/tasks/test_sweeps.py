@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.tasks import launch, resolve
+from llm_at_home.tasks import launch, plugins, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 INFER = ("limit=1", "engine.max_new_tokens=3")
@@ -45,6 +45,14 @@ SACCT = """#!/bin/bash
 echo 'JobID|State|NodeList'
 for i in 0 1; do echo "7_$i|RUNNING|here"; done
 """
+
+
+@pytest.mark.parametrize("word", ["hydra/launcher=submitit", "hydra/launcher=slurm", "hparams_search=lora"])
+def test_a_plugin_that_is_not_installed_is_refused_in_a_line(monkeypatch, word):
+    plugins.check(["-m", word, "hparams_search=null", "quant=nf4"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"not installed: pip install -e '\.\[(launchers|search)\]'"):
+        plugins.check(["-m", word])
 
 
 def read(folder: Path) -> dict:

@@ -64,6 +64,19 @@ def test_losses_names_and_the_number_of_graphs(fit, tiny_model):
     assert list(found.state_dict()) == list(wanted.state_dict())
 
 
+def test_what_comes_after_training_compiles_nothing(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    compiled = regional.CompiledLayers(model, shapes=1)
+    with torch.no_grad():
+        wanted = model(torch.arange(100, 107)[None]).logits
+        graphs = compiled.counts()["compiled_graphs"]
+        assert graphs > 0
+        compiled.end()
+        torch.testing.assert_close(model(torch.arange(100, 107)[None]).logits, wanted)
+        model(torch.arange(100, 113)[None])
+    assert compiled.counts()["compiled_graphs"] == graphs
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_4_bit_layer_is_compiled_whole_with_bitsandbytes_own_gradient(nested):
     from bitsandbytes.nn import Linear4bit, Params4bit

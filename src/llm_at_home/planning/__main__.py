@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card, is_card, load_catalogue
 from llm_at_home.hardware.present import present_gpus
-from llm_at_home.planning import advice, advice_text, values
+from llm_at_home.planning import advice, advice_text, composing, values
 from llm_at_home.planning.plan import ANY_CAPABILITY, Target, make
 from llm_at_home.planning.text import as_text, as_values
-from llm_at_home.planning.values import one_line
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 OUTPUTS = ("table", "json")
 EXIT_REFUSED = 2
 
@@ -74,19 +69,6 @@ def answer(composed: DictConfig, named: Collection[str] = ()) -> str:
     return shown if isinstance(shown, str) else json.dumps(shown, indent=1)
 
 
-def compose_plan(words: Sequence[str]) -> DictConfig:
-    """The configuration of a command line's overrides.
-
-    Raises:
-        Refusal: for what Hydra cannot compose, in one line.
-    """
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("plan", list(words))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is null
-        raise Refusal(one_line(error)) from error
-
-
 @hydra.main(version_base="1.3", config_path="../../../conf", config_name="plan")
 def with_flags(config: DictConfig) -> None:
     """Print the plan where Hydra's own flags are used, such as --help and --cfg."""
@@ -100,7 +82,7 @@ def main() -> None:
         if any(word.startswith("-") for word in words):
             with_flags()
         else:
-            print(answer(compose_plan(words), {word.partition("=")[0].lstrip("+~") for word in words}))
+            print(answer(composing.composed("plan", words), {word.partition("=")[0].lstrip("+~") for word in words}))
     except Refusal as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)

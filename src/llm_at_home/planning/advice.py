@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card
 from llm_at_home.planning import cost, measurements, speed
+from llm_at_home.planning.composing import CONF
 from llm_at_home.planning.cost import Budget
 from llm_at_home.planning.plan import Target, peaks, predict, prompt_tokens, settle
 from llm_at_home.planning.shape import Shape
@@ -17,7 +17,6 @@ from llm_at_home.planning.speed import Speed
 from llm_at_home.planning.weights import bits_per_weight
 from llm_at_home.records.schema import Reading
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 CHAT, FINETUNE = "chat", "finetune"
 TASKS = {CHAT: "infer", FINETUNE: "train"}  # and what of a plan each is
 # What is compared, each a choice of conf/quant with further keys: what an answer or a training run may stand on.

@@ -15,6 +15,8 @@ from llm_at_home.planning.shape import Shape
 from llm_at_home.records.schema import Reading
 
 MILLION = 1e6
+PRICES = Path(__file__).with_name("prices.yaml")
+SAME_SIZE = 0.25  # a model within this share of a size has its price
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]{3})")
 
 
@@ -42,20 +44,29 @@ def _rent(rate: Reading, card: Card, units: float, what: str) -> Reading:
 
 def api_of_tokens(shape: Shape) -> Reading:
     """A million tokens of a model of this size from an API."""
-    for entry in _prices()["api"]:
-        if abs(shape.parameters / 1e9 / entry["billions"] - 1) < _prices()["tolerance"]:
-            return Reading(entry["value"], f"{entry['currency']}/1M tokens", f"{entry['source']}, {entry['date']}")
-    return Reading.unknown(
-        "USD/1M tokens", f"no price of a model of {shape.parameters / 1e9:.1f}B parameters is known here"
-    )
+    billions = shape.parameters / 1e9
+    for size, price in api_prices():
+        if size is not None and price.value is not None and abs(billions / size - 1) < SAME_SIZE:
+            return Reading(price.value, f"{price.currency}/1M tokens", f"{price.source}, {price.date}")
+    return Reading.unknown("USD/1M tokens", f"no price of a model of {billions:.1f}B parameters is known here")
 
 
 @functools.cache
-def _prices() -> dict[str, Any]:
+def api_prices() -> tuple[tuple[float | None, Price], ...]:
+    """Of the shipped file: a model's size in billions of parameters, and the price of a million tokens."""
     import yaml
 
-    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("prices.yaml").read_text(encoding="utf-8"))
-    return found
+    entries = yaml.safe_load(PRICES.read_text(encoding="utf-8"))["api"]
+    return tuple((entry.get("billions"), api_price(entry, str(PRICES))) for entry in entries)
+
+
+def api_price(entry: Mapping[str, Any], where: str) -> Price:
+    """The price in one entry of ``api``, which beside it has a name and may have a size.
+
+    Raises:
+        Refusal: for a price without currency, source and date.
+    """
+    return Price.from_config({key: value for key, value in entry.items() if key not in ("name", "billions")}, where)
 
 
 @dataclass(frozen=True)

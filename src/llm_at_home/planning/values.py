@@ -1,4 +1,4 @@
-"""What a plan cannot be made of: sizes that are no numbers, and words that Hydra cannot compose, each in one line."""
+"""What a plan cannot be made of: groups that are missing and sizes that are no numbers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ WHOLE = (
 )
 NEEDED = ("model", "quant", "adapter", "data", "questions", "engine", "trainer", "optimizer", "memory", "gpu")
 ACCUMULATION = "callbacks.accumulation.steps"
-# Hydra's own advice to programmers, which is no part of what is wrong.
-ADVICE = ("Set the env", "Config search", "provider=", "To append", "full_key", "object_type", "reference_type")
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -58,9 +56,3 @@ def _check_accumulation(config: Mapping[str, Any]) -> None:
 def _whole(name: str, value: Any, what: str = "a whole number") -> None:
     if type(value) is not int or value < 1:
         raise Refusal(f"{name}={value} makes no plan: give {what} of at least 1")
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's message without its advice and its search path."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(ADVICE))

@@ -69,6 +69,11 @@ def pruning(record: Record) -> tuple[str, ...]:
     return tuple(map(clean, prune_words(at(about(record), "prune"))))
 
 
+def has_published_bits(record: Record) -> bool:
+    """Whether the base has as many bits as the paper's: it quantized to four throughout."""
+    return at(record.config, "quant", "bits") in (None, 4)
+
+
 def has_random_weights(record: Record) -> bool:
     """Whether the model was built without weights, so that only its resource figures mean anything."""
     return at(about(record), "model", "weights") == "random"

@@ -64,8 +64,7 @@ def correlations(loaded: Loaded) -> str:
 def _is(run: Run, quant: str) -> bool:
     record = run.record
     # Other bits of a method are another method to a reader of answers.
-    bits = facts.at(record.config, "quant", "bits")
-    four = quant == "none" or bits in (None, 4)
+    four = facts.has_published_bits(record)
     whole = facts.at(record.config, "limit") is None
     return facts.quant(record) == quant and four and whole and not facts.pruning(record)
 

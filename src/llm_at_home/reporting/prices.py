@@ -11,8 +11,9 @@ import yaml
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Price
+from llm_at_home.planning.cost import PRICES, api_price
 
-SHIPPED = Path(__file__).with_name("prices.yaml")
+SHIPPED = PRICES
 _KEYS = {"electricity", "card_hours", "api"}
 
 
@@ -74,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _named(entry: Any, where: str) -> tuple[str, Price]:
     if not isinstance(entry, Mapping) or not entry.get("name"):
         raise Refusal(f"{where}: each entry needs a name")
-    return str(entry["name"]), _price({key: value for key, value in entry.items() if key != "name"}, where)
+    return str(entry["name"]), api_price(entry, where)
 
 
 def _price(entry: Any, where: str) -> Price:

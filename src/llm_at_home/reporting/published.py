@@ -77,8 +77,7 @@ def _alike(record: Record, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if facts.pruning(record):
         return None  # nothing was pruned in the paper
     dtype = facts.name_at(record.config, "dtype")
-    # The paper quantized to 4 bits throughout.
-    if facts.at(record.config, "quant", "bits") not in (None, 4):
+    if not facts.has_published_bits(record):
         return None
     alike = (row for row in rows if row["quant"] == facts.quant(record))
     return next((row for row in alike if row["dtype"] in (None, dtype)), None)
@@ -102,9 +101,21 @@ def scaled_training_energy(record: Record) -> Reading | None:
     share = record.readings.get("energy_per_step")
     if share is None or share.value is None:
         return None if share is None else Reading.unknown("Wh", share.reason or "", share.method)
-    steps, made = table3()["steps"], facts.at(record.counts, "optimizer_steps")
+    return Reading(share.value * table3()["steps"] / 3600, "Wh", f"{share.method}, {_steps(record)}")
+
+
+def scaled_training_time(record: Record) -> Reading | None:
+    """Hours for as many optimizer steps as the paper's, at this run's rate; None where it has none."""
+    pace = record.readings.get("steps_per_second")
+    if pace is None or not pace.value:
+        return None
+    return Reading(table3()["steps"] / pace.value / 3600, "h", f"{pace.method}, {_steps(record)}")
+
+
+def _steps(record: Record) -> str:
+    made = facts.at(record.counts, "optimizer_steps")
     sample = f"{made:,}" if isinstance(made, int) else "an unknown number of"
-    return Reading(share.value * steps / 3600, "Wh", f"{share.method}, scaled from {sample} steps to {steps:,}")
+    return f"scaled from {sample} steps to {table3()['steps']:,}"
 
 
 def _scaled(record: Record, share: Reading | None, unit: str) -> Reading | None:

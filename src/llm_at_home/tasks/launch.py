@@ -21,7 +21,7 @@ from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.tasks import judging, resolve, sweep
+from llm_at_home.tasks import judging, plugins, resolve, sweep
 from llm_at_home.tasks.process import Child, Ending
 
 JOB = "job.json"
@@ -58,7 +58,11 @@ OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
 def run(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point and exit: 0 done, 1 a job failed, 2 refused."""
     try:
+        plugins.check(sys.argv[1:])
         main()
+    except Refusal as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
         sweep.print_summary()
         sys.exit(EXIT_FAILED)

@@ -14,10 +14,8 @@ from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import fast, helper
+from llm_at_home.tasks.checks.train import PRECISIONS
 from llm_at_home.tasks.planned import predicted
-
-# Lightning's policies and the dtype of the matrix products under each.
-COMPUTED_IN = {"32-true": "float32", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-mixed": "float16"}
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -63,7 +61,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.training.regional import CompiledLayers
 
     if not helper.is_helper():
-        peak = dense_peak(config["gpu"]["device"], COMPUTED_IN[config["trainer"]["precision"]])
+        peak = dense_peak(config["gpu"]["device"], PRECISIONS[config["trainer"]["precision"]])
         record.readings["dense_peak"] = peak
     for callback in callbacks:
         if isinstance(callback, PeakMemory):
@@ -124,6 +122,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         _losses(record, module.history)
         _utilisation(record, flops, callbacks, adapter["trains"] != "nothing")
         if compiled is not None:
+            compiled.end()
             record.counts |= compiled.counts()
             record.readings |= compiled.readings()
             record.notes += compiled.notes()
@@ -204,31 +203,34 @@ def _encoded(config: Mapping[str, Any]) -> tuple[Sequence[Any], int, int]:
     return encoded, tokenizer.pad_token_id, len(loaded.bad_lines)
 
 
-def _utilisation(record: Record, flops: Any, callbacks: Sequence[Any], backward: bool) -> None:
+def _throughput(callbacks: Sequence[Any]) -> Any:
+    """The callback that times steps, or None where the user has left it out."""
     from llm_at_home.training.callbacks.throughput import Throughput
+
+    return next((one for one in callbacks if isinstance(one, Throughput)), None)
+
+
+def _utilisation(record: Record, flops: Any, callbacks: Sequence[Any], backward: bool) -> None:
     from llm_at_home.training.flops import utilisation
 
-    for callback in callbacks:
-        if isinstance(callback, Throughput):
-            measured = callback.measured()
-            made = [flops.of_tokens(tokens, pairs, backward) for _, tokens, pairs in measured]
-            seconds = [second for second, _, _ in measured]
-            peak = record.readings.get("dense_peak")
-            record.readings["model_flop_utilisation"] = utilisation(made, seconds, peak)
+    timed = _throughput(callbacks)
+    if timed is not None:
+        measured = timed.measured()
+        made = [flops.of_tokens(tokens, pairs, backward) for _, tokens, pairs in measured]
+        seconds = [second for second, _, _ in measured]
+        record.readings["model_flop_utilisation"] = utilisation(made, seconds, record.readings.get("dense_peak"))
 
 
 def _first_step(record: Record, callbacks: Sequence[Any], start: float) -> None:
     """``time_to_first_step``: from the task's beginning to the end of the first optimizer step, compiling included."""
-    from llm_at_home.training.callbacks.throughput import Throughput
-
-    for callback in callbacks:
-        if isinstance(callback, Throughput):
-            end = callback.first_step_end
-            record.readings["time_to_first_step"] = (
-                Reading(end - start, "s", "synchronized_clock")
-                if end
-                else Reading.unknown("s", "the run made no optimizer step")
-            )
+    timed = _throughput(callbacks)
+    if timed is not None:
+        end = timed.first_step_end
+        record.readings["time_to_first_step"] = (
+            Reading(end - start, "s", "synchronized_clock")
+            if end
+            else Reading.unknown("s", "the run made no optimizer step")
+        )
 
 
 def _losses(record: Record, history: Sequence[Mapping[str, float]]) -> None:

@@ -1,7 +1,6 @@
 """Regional compilation: the decoder layers alone are compiled, in place, and all of them share their graphs.
 
-Compiling one layer takes seconds where a whole model takes minutes, and what is compiled once serves every layer: they
-differ in their weights, which are inputs. Module names stay as they are, so that checkpoints do too.
+What is compiled once serves every layer: they differ in their weights, which are inputs. Module names stay as they are, so that checkpoints do too.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class CompiledLayers:
             torch._dynamo.config.optimize_ddp = False
         for layer in layers:
             layer.compile(backend=BACKEND, dynamic=False)
-        self.layers = len(layers)
+        self._layers = layers
         self._counters = counters
         self._before = {name: Counter(counters[name]) for name in ("stats", "graph_break")}
         self._seconds = _compile_seconds()
@@ -59,10 +58,15 @@ class CompiledLayers:
         """``compiled_layers``, the ``compiled_graphs`` that they share, and ``graph_breaks`` within them."""
         graphs = self._counters["stats"]["unique_graphs"] - self._before["stats"]["unique_graphs"]
         return {
-            "compiled_layers": self.layers,
+            "compiled_layers": len(self._layers),
             "compiled_graphs": graphs,
             "graph_breaks": sum(self._breaks().values()),
         }
+
+    def end(self) -> None:
+        """Run the layers as they were: what comes after training has other shapes, each of which would be compiled."""
+        for layer in self._layers:
+            layer._compiled_call_impl = None
 
     def notes(self) -> list[str]:
         """What broke a layer's graph, a line each; usually nothing."""

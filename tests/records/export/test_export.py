@@ -144,6 +144,9 @@ def test_a_training_run_is_a_result_of_peft_s_comparison():
     record = store.load(TRAIN)
     row, missing = export(record, "peft")
     assert row["run_info"]["train_config"].keys() == TRAIN_CONFIG
+    assert not row["run_info"]["train_config"]["compile"]
+    record.config["trainer"]["compile"] = "layers"
+    assert export(record, "peft")[0]["run_info"]["train_config"]["compile"]
     found = preprocessed(json.loads(json.dumps(row)))
     assert found["peft_type"] == "LORA"
     assert found["peft_config"]["r"] == 64

@@ -64,7 +64,8 @@ def _check_serve(config: Mapping[str, Any]) -> None:
     for key in ("context", "queue"):
         if serve[key] is not None and serve[key] < 1:
             raise Refusal(f"serve.{key}={serve[key]} is too small: give at least 1")
-    longest = source.shape(config["model"]).get("max_position_embeddings")
+    # A file that the user named says itself what it knows, to llama.cpp.
+    longest = None if config["quant"].get("path") else source.shape(model).get("max_position_embeddings")
     if longest and serve["context"] and serve["context"] > longest:
         hint = f"give {longest} or null"
         raise Refusal(f"serve.context={serve['context']} is longer than {config['model']['name']} knows: {hint}")

@@ -6,19 +6,16 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from llm_at_home.errors import Refusal
-from llm_at_home.planning.values import one_line
+from llm_at_home.planning import composing
+from llm_at_home.planning.composing import CONF, one_line
 
-CONF = Path(__file__).resolve().parents[4] / "conf"
 DRY_RUN = "--dry-run"
 FOLDERS = ("adapter_path", "answers", "baseline")
 # What tells one row from another is a row's own.
@@ -124,8 +121,4 @@ def composed(command: str, words: Sequence[str]) -> DictConfig:
 
 @functools.cache
 def _composed(command: str, words: tuple[str, ...]) -> DictConfig:
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose(command, list(words))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is null
-        raise Refusal(one_line(error)) from error
+    return composing.composed(command, words)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.device import resolve_device
 from llm_at_home.models.source import EMBEDDED
+from llm_at_home.reporting import published
 from llm_at_home.tasks.paper.options import Options, composed
 
 PAPER, RESOURCES, SMALL = "paper", "resources", "small"
@@ -127,7 +128,7 @@ class _Builder:
         return [f"model.source={where}"] if where and task != "evaluate" else []
 
     def _training(self, row: str) -> tuple[str, ...]:
-        full = (f"trainer.max_steps={self.options.steps}",) if self.options.full else ()
+        full = (f"trainer.max_steps={published.table3()['steps']}",) if self.options.full else ()
         return (*self._words("train", row), *full)
 
     def _answers(self, finetuning: Sequence[str]) -> Iterator[Run]:

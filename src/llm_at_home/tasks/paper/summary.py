@@ -20,8 +20,6 @@ JSON, TEXT = "paper.json", "paper.md"
 DASH = "–"
 NOT_YET = "not run yet"
 MEMORY = ("process_memory_peak", "resident_set_peak")
-HOURS = 3600
-PAPER_BITS = 4
 # Figures of each kind of run that was measured; the first of several that is known.
 MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
     INFERENCE: {
@@ -100,10 +98,10 @@ def _rows(progress: Progress, options: Options) -> Iterator[Row]:
         status = progress.ended.get(run.name, NOT_YET)
         record = None if status in (LEFT_OUT, REFUSED) else _record(run.folder)
         status = record.status if record is not None else status
-        yield row(run, status, progress.why.get(run.name, ""), record, options.steps, study)
+        yield row(run, status, progress.why.get(run.name, ""), record, study)
 
 
-def row(run: Run, status: str, why: str, record: Record | None, steps: int, study: Record | None) -> Row:
+def row(run: Run, status: str, why: str, record: Record | None, study: Record | None) -> Row:
     """A run's row.
 
     Args:
@@ -111,7 +109,6 @@ def row(run: Run, status: str, why: str, record: Record | None, steps: int, stud
         status: how it ended.
         why: it did not run, or failed.
         record: of the run, or None.
-        steps: optimizer steps of the paper's fine-tuning.
         study: of a human study that was counted, or None.
     """
     measured: dict[str, Reading] = {}
@@ -120,41 +117,24 @@ def row(run: Run, status: str, why: str, record: Record | None, steps: int, stud
     if record is not None:
         measured = {name: _first(record, keys) for name, keys in MEASURED.get(run.kind, {}).items()}
         if run.kind == INFERENCE:
-            said = published.counterpart(record) if _as_published(record) else None
+            said = published.counterpart(record)
             scaled = {"energy": published.scaled_energy(record), "time": published.scaled_time(record)}
             extrapolated = {key: reading for key, reading in scaled.items() if reading is not None}
         if run.kind == FINETUNING:
-            peft = record.config["adapter"].get("implementation", "peft") == "peft" or run.row != "lokr_peft"
-            said = published.finetuning_counterpart(record) if peft else None
-            extrapolated = scaled_training(record, steps)
+            said = published.finetuning_counterpart(record)
+            extrapolated = scaled_training(record)
     # The base model before fine-tuning is in neither Table II nor IV.
     graded = run.kind == INFERENCE or (run.kind == ANSWERS and bool(run.needs))
     grades = _grades(record, study) if graded and record is not None else None
     return Row(run, status, why, measured, extrapolated, said, grades)
 
 
-def _as_published(record: Record) -> bool:
-    """Whether the bits are the paper's: its GPTQ and AWQ have four."""
-    return record.config["quant"].get("bits") in (None, PAPER_BITS)
-
-
-def scaled_training(record: Record, steps: int) -> dict[str, Reading]:
-    """Energy (Wh) and time (h) of so many optimizer steps at a run's rates; nothing for a run that made them all."""
-    made = record.counts.get("optimizer_steps", 0)
-    if made >= steps:
+def scaled_training(record: Record) -> dict[str, Reading]:
+    """Energy (Wh) and time (h) of the paper's steps at a run's rates; nothing for a run that made them all."""
+    if record.counts.get("optimizer_steps", 0) >= published.table3()["steps"]:
         return {}
-    word = f"scaled from {made:,} steps to {steps:,}"
-    share, pace = record.readings.get("energy_per_step"), record.readings.get("steps_per_second")
-    found = {}
-    if share is not None:
-        found["energy"] = (
-            Reading.unknown("Wh", str(share.reason), share.method)
-            if share.value is None
-            else Reading(share.value * steps / HOURS, "Wh", f"{share.method}, {word}")
-        )
-    if pace is not None and pace.value:
-        found["time"] = Reading(steps / pace.value / HOURS, "h", f"{pace.method}, {word}")
-    return found
+    scaled = {"energy": published.scaled_training_energy(record), "time": published.scaled_training_time(record)}
+    return {key: reading for key, reading in scaled.items() if reading is not None}
 
 
 def _first(record: Record, keys: tuple[str, ...]) -> Reading:
@@ -178,7 +158,7 @@ def _grades(record: Record, study: Record | None) -> dict[str, Any] | None:
     """People's mean grade of these answers, and the paper's of the same method."""
     quant = record.config["quant"]["name"]
     adapter = _adapter(record)
-    said = published.human_grades(quant, adapter) if _as_published(record) else None
+    said = published.human_grades(quant, adapter) if facts.has_published_bits(record) else None
     ours = Reading.unknown(UNIT, NOBODY)
     for model in study.config["models"] if study is not None else []:
         if model["config_hash"] == record.config_hash and study is not None:
