@@ -1,6 +1,7 @@
 """Regional compilation: the decoder layers alone are compiled, in place, and all of them share their graphs.
 
-What is compiled once serves every layer: they differ in their weights, which are inputs. Module names stay as they are, so that checkpoints do too.
+What is compiled once serves every layer: they differ in their weights, which are inputs. Module names stay as they
+are, so that checkpoints do too.
 """
 
 from __future__ import annotations
