@@ -61,6 +61,8 @@ def run(main: Callable[[], Any]) -> None:
         plugins.check(sys.argv[1:])
         main()
     except Refusal as refusal:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         print(f"refused: {refusal}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
