@@ -152,6 +152,8 @@ def _measure(args: argparse.Namespace, name: str, config: dict[str, Any], base: 
                 if not worst <= TOLERANCE[config["dtype"]]:
                     result["reason"] = f"the losses differ by {worst:.2g}, more than rounding explains"
                     break
+        if args.profile:
+            result["profile"] = contenders.ours(base, args, config, Path(folder), 2, profile=True)
     result["done"] = True
     common.write(result, file)
 
@@ -284,7 +286,25 @@ def table(folder: Path) -> str:
                 row["reason"] or "",
             ]
         )
-    return common.markdown(lines)
+    return "\n\n".join([common.markdown(lines), *_where(folder)])
+
+
+def _where(folder: Path) -> list[str]:
+    """Where the time of our steps goes, of the rows that were profiled, as a Markdown table."""
+    import profiled
+
+    kinds = (*profiled.KINDS, profiled.OTHER)
+    lines = [["method", "budget (GB)", *(f"{kind} (ms)" for kind in kinds), "sum (ms)", "step (ms)"]]
+    for result in common.stored(folder, WORK):
+        found = (result.get("profile") or {}).get("where")
+        if not found:
+            continue
+        seconds = found["seconds"]
+        step = statistics.median(value for one in result["rounds"]["ours"] for value in one["seconds"])
+        cells = [common.number(1000 * seconds.get(kind, 0.0), 1) for kind in kinds]
+        cells += [common.number(1000 * value, 1) for value in (sum(seconds.values()), step)]
+        lines.append([result["method"], common.number(result["budget_gb"], 0), *cells])
+    return [common.markdown(lines)] if lines[1:] else []
 
 
 def _missing(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
@@ -303,6 +323,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="conversations in a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="measured steps of ours in a round, fewer of the others")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="two more steps of ours, to see where their time goes")
     parser.add_argument("--minutes", type=float, default=60, help="start no row after so many (default: %(default)s)")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the process that does the work
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every row, such as gpu=cpu")
@@ -330,6 +351,7 @@ def _measure_all(args: argparse.Namespace) -> int:
         if not todo or time.time() > until:
             continue
         options = [f"--{key}={getattr(args, key)}" for key in ("out", "model", "tokens", "batch", "steps", "rounds")]
+        options += ["--profile"] * args.profile
         command = [sys.executable, sys.argv[0], *options, f"--until={until}", "--work", *todo, "--", *args.overrides]
         subprocess.run(command, env={**os.environ, **CHILD_ENVIRONMENT}, check=False)
     common.write({"rows": rows(common.stored(args.out, WORK))}, args.out / "rows.json")

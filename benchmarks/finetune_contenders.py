@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import profiled
 import rows as common
 import torch
 
@@ -35,9 +36,12 @@ class Steps(Throughput):
 
     last: Steps | None = None
 
-    def __init__(self, warmup_steps: int = 1) -> None:
+    def __init__(self, warmup_steps: int = 1, profile: bool = False) -> None:
         super().__init__(warmup_steps)
         self.meter: EnergyMeter | None = None
+        self.profile = profile
+        self.profiler: Any = None
+        self.where: dict[str, Any] | None = None
         Steps.last = self
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -48,12 +52,16 @@ class Steps(Throughput):
             self.meter = EnergyMeter(device, idle_seconds=0.0)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            if self.profile:
+                self.profiler = profiled.begin(device)
             self.meter.start()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop counting."""
         if self.meter is not None:
             self.meter.close()
+        if self.profiler is not None:
+            self.where = profiled.end(self.profiler, pl_module.device.type, len(self.measured()))
 
 
 def empty() -> None:
@@ -169,11 +177,13 @@ def _costs(meter: EnergyMeter, device: str, steps: int) -> dict[str, Any]:
     return {"joules": energy.value, "joules_reason": energy.reason, "peak_gb": peak}
 
 
-def ours(base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
+def ours(
+    base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int, profile: bool = False
+) -> dict[str, Any]:
     """The product's own training run on the base that is there, with ``trainer=fast``.
 
     Returns:
-        As :func:`reference`, and the record's ``readings`` and ``counts``.
+        As :func:`reference`, and the record's ``readings`` and ``counts``; with ``profile`` also ``where``.
     """
     from llm_at_home.quantization import base as loader
     from llm_at_home.records.schema import Record
@@ -183,7 +193,7 @@ def ours(base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int)
 
     config = {**config, "adapter_path": str(folder)}
     config["trainer"] = {**config["trainer"], "max_steps": WARM_UP["ours"] + steps}
-    timing = {"_target_": f"{__name__}.Steps", "warmup_steps": WARM_UP["ours"]}
+    timing = {"_target_": f"{__name__}.Steps", "warmup_steps": WARM_UP["ours"], "profile": profile}
     kept = {key: config["callbacks"][key] for key in ("accumulation", "clipping", "rank_allocation")}
     config["callbacks"] = {**kept, "throughput": timing}
     record = Record("train", config=config)
@@ -218,6 +228,7 @@ def ours(base: Any, args: Any, config: dict[str, Any], folder: Path, steps: int)
         "readings": {key: reading.value for key, reading in record.readings.items()},
         "counts": record.counts,
         "notes": record.notes,
+        "where": timed.where,
         **_costs(timed.meter, config["gpu"]["device"], steps),
     }
 
