@@ -3,11 +3,11 @@
     python benchmarks/judging.py --out results/two_core_cpu/mt_bench --minutes 60
     python benchmarks/judging.py --table results/two_core_cpu/mt_bench
 
-Two questions of each category, both turns, in batches. ``OUT/answers/NAME`` holds each run's record and answers, a
-second seed of the unquantized model among them, and with ``--adapter RUN_FOLDER`` a fine-tuned one; ``OUT/single/NAME``
-its scores; ``OUT/pairwise/NAME`` its comparisons with the unquantized model, on the first question of each category;
-``OUT/check`` the planted pairs. Judgments are kept without the prompts, which follow from questions, answers and
-templates. What is there is not run again.
+Two questions of each category (``--all``: all ten), both turns, in batches. ``OUT/answers/NAME`` holds each run's
+record and answers, a second seed of the unquantized model among them, and with ``--adapter RUN_FOLDER`` a fine-tuned
+one; ``OUT/single/NAME`` its scores; ``OUT/pairwise/NAME`` its comparisons with the unquantized model, on the first
+question of each category; ``OUT/check`` the planted pairs. Judgments are kept without the prompts, which follow from
+questions, answers and templates. What is there is not run again.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--adapter", help=f"run folder of train.py, for the row {TUNED}")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which of them to measure")
     parser.add_argument("--tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--all", action="store_true", help="all 80 questions are answered and have points")
     parser.add_argument("--shared", action="store_true", help="say in the records that other work shared the machine")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--planted", type=int, default=27, help="questions of home_bench to plant pairs from")
@@ -85,7 +86,7 @@ def main() -> int:
 def steps(args: argparse.Namespace) -> list[tuple[str, list[str], str]]:
     """Name, command and the file to keep of each row, in the order of running."""
     out = args.out.resolve()
-    asked = [f"questions.ids=[{','.join(map(str, IDS))}]", "questions=mt_bench"]
+    asked = ["questions=mt_bench", *([] if args.all else [f"questions.ids=[{','.join(map(str, IDS))}]"])]
     first = [f"questions.ids=[{','.join(map(str, FIRST))}]", "questions=mt_bench"]
     base = f"{out}/answers/{BASE}"
     rows = []
