@@ -3,10 +3,12 @@
     python benchmarks/batch.py --out results/h100/batch                        # Llama-2-7B's shape, random weights
     python benchmarks/batch.py --out FOLDER --model smollm2_135m --questions 4 --tokens 16 --places 2
     python benchmarks/batch.py --table results/h100/batch
+    python benchmarks/batch.py --out FOLDER --lengths benchmarks/mt_bench_lengths.json
     python benchmarks/batch.py --count-prompts                                 # count the questions' tokens again
 
 Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or
-those of ``--lengths FILE`` (a JSON list of [first, second] for each question). Prompts are as long as the real
+those of ``--lengths FILE`` (a JSON list of [first, second] for each question; benchmarks/mt_bench_lengths.json has
+those of the embedded model's answers in Q8_0, two fifths of them cut off at 1,024). Prompts are as long as the real
 questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds
 the first answer. Ours is all of them, a place being filled as soon as it is free; the reference answers a sample one at
 a time, with generate's defaults, warm, and is scaled to all tokens, as its row says. A method is a process of its own.
