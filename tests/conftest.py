@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MLFLOW_DIS
 def pytest_configure(config: pytest.Config) -> None:
     """Two tests run at once: a second thread of each would only wait, and tiny models are faster without it anyway."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell starts what it runs in the background with Ctrl-C ignored, which commands under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
