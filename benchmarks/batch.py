@@ -5,13 +5,15 @@
     python benchmarks/batch.py --table results/h100/batch
     python benchmarks/batch.py --out FOLDER --lengths benchmarks/mt_bench_lengths.json
     python benchmarks/batch.py --count-prompts                                 # count the questions' tokens again
+    python benchmarks/batch.py --count-answers answers.jsonl                   # write mt_bench_lengths.json again
 
 Random weights do not stop by themselves: every answer has ``--tokens`` tokens, the limit of MT-bench's protocol, or
 those of ``--lengths FILE`` (a JSON list of [first, second] for each question; benchmarks/mt_bench_lengths.json has
-those of the embedded model's answers in Q8_0, two fifths of them cut off at 1,024). Prompts are as long as the real
-questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a second turn's holds
-the first answer. Ours is all of them, a place being filled as soon as it is free; the reference answers a sample one at
-a time, with generate's defaults, warm, and is scaled to all tokens, as its row says. A method is a process of its own.
+those of ``infer.py questions=mt_bench quant=gguf quant.type=Q8_0``, two fifths of them cut off at 1,024). Prompts are
+as long as the real questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a
+second turn's holds the first answer. Ours is all of them, a place being filled as soon as it is free; the reference
+answers a sample one at a time, with generate's defaults, warm, and is scaled to all tokens, as its row says. A method
+is a process of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 import rows as common
 
 PROMPTS = Path(__file__).with_name("mt_bench_prompts.json")
+LENGTHS = Path(__file__).with_name("mt_bench_lengths.json")
 GOALS = {"seconds": 100.0, "joules": 30.0}
 SPARE_BYTES = 5e9  # beside the weights and the cache: the prompts' activations, the graph, the allocator's slack
 
@@ -211,9 +214,21 @@ def count_prompts() -> None:
     PROMPTS.write_text(json.dumps({"about": about, "tokens": counts}) + "\n")
 
 
+def count_answers(file: Path) -> None:
+    """Write LENGTHS: the new tokens of both answers to each question, as a run's answers.jsonl counted them."""
+    from llm_at_home.records.jsonl import read_jsonl
+
+    answers = sorted(read_jsonl(file), key=lambda answer: int(answer["question_id"]))
+    lines = [f" {json.dumps(answer['generated_tokens'])}" for answer in answers]
+    LENGTHS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 def main() -> int:
     if sys.argv[1:] == ["--count-prompts"]:
         count_prompts()
+        return 0
+    if sys.argv[1:2] == ["--count-answers"] and len(sys.argv) == 3:
+        count_answers(Path(sys.argv[2]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=80)

@@ -152,7 +152,7 @@ def _measure(args: argparse.Namespace, name: str, config: dict[str, Any], base: 
                 if not worst <= TOLERANCE[config["dtype"]]:
                     result["reason"] = f"the losses differ by {worst:.2g}, more than rounding explains"
                     break
-        if args.profile:
+        if args.profile and "reason" not in result:
             result["profile"] = contenders.ours(base, args, config, Path(folder), 2, profile=True)
     result["done"] = True
     common.write(result, file)
@@ -291,18 +291,19 @@ def table(folder: Path) -> str:
 
 def _where(folder: Path) -> list[str]:
     """Where the time of our steps goes, of the rows that were profiled, as a Markdown table."""
+    import finetune_contenders as contenders
     import profiled
 
     kinds = (*profiled.KINDS, profiled.OTHER)
     lines = [["method", "budget (GB)", *(f"{kind} (ms)" for kind in kinds), "sum (ms)", "step (ms)"]]
     for result in common.stored(folder, WORK):
-        found = (result.get("profile") or {}).get("where")
-        if not found:
+        found = result.get("profile", {}).get("where")
+        pace = contenders.pace(result["rounds"]["ours"])
+        if not found or not pace:
             continue
         seconds = found["seconds"]
-        step = statistics.median(value for one in result["rounds"]["ours"] for value in one["seconds"])
-        cells = [common.number(1000 * seconds.get(kind, 0.0), 1) for kind in kinds]
-        cells += [common.number(1000 * value, 1) for value in (sum(seconds.values()), step)]
+        shown = [*(seconds.get(kind, 0.0) for kind in kinds), sum(seconds.values()), 1 / pace]
+        cells = [common.number(1000 * value, 1) for value in shown]
         lines.append([result["method"], common.number(result["budget_gb"], 0), *cells])
     return [common.markdown(lines)] if lines[1:] else []
 

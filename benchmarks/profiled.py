@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-# The first whose pattern a name matches, case left out.
+# The first whose pattern a name matches, case left out. Inductor's kernels are named after all that they fuse.
 KINDS = {
+    "compiled, fused": r"^triton_|compiled|inductor",
     "attention": r"flash|fmha|attention|_attn",
     "dequantization": r"dequantize",
-    "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|::mm|::bmm|addmm|kgemm",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|::mm|::bmm|addmm",
     "optimizer": r"multi_tensor|adam|foreach|sgd",
-    "compiled, fused": r"^triton_|compiled|inductor",
     "copies": r"memcpy|memset|copy|fill|::to\b|zero_",
 }
 OTHER = "elementwise, reductions and other"

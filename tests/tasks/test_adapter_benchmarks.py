@@ -45,6 +45,7 @@ def script(name: str) -> ModuleType:
         ("judge_faults", "two_core_cpu/judge_faults", "judging.md"),
         ("decode", "h100/decode", "decoding.md"),
         ("batch", "h100/batch", "decoding.md"),
+        ("engines", "two_core_cpu/engines", "inference.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
@@ -134,3 +135,14 @@ def test_the_handbook_keeps_the_rate_with_the_lower_loss(tmp_path):
     assert handbook.learning_rate("lora", tmp_path, []) == 0.001
     (tmp_path / handbook.RATES).write_text('{"0.001": 2.0, "0.003": 1.5}')
     assert handbook.learning_rate("lora", tmp_path, []) == 0.003
+
+
+def test_a_kernel_of_a_profile_is_of_one_kind():
+    kind = script("profiled").kind
+    assert kind("triton_poi_fused__scaled_dot_product_flash_attention__to_copy_3") == "compiled, fused"
+    assert kind("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>") == "attention"
+    assert kind("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>") == "dequantization"
+    assert kind("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT") == "matrix products"
+    assert kind("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
+    assert kind("Memcpy DtoD (Device -> Device)") == "copies"
+    assert kind("void at::native::reduce_kernel<512, 1>") == "elementwise, reductions and other"

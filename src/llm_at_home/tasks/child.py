@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from llm_at_home.errors import Interrupted, Refusal
+from llm_at_home.errors import Interrupted, Refusal, full_traceback
 from llm_at_home.hardware import condition, emulation
 from llm_at_home.pruning import base as pruning
 from llm_at_home.records import provenance, store
@@ -141,7 +141,7 @@ def _fail(record: Record, status: str, error: BaseException) -> None:
     record.status = status
     lines = traceback.format_exception(error)
     logging.getLogger("job").error("".join(lines))  # to job.log; the terminal gets the one line of the record
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    if full_traceback():
         print("".join(lines), file=sys.stderr)
     message = str(error).splitlines()[0] if str(error) else "asked to stop"
     record.error = {"type": type(error).__name__, "message": message, "traceback": "".join(lines)[-4000:]}

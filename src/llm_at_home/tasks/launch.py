@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from llm_at_home.errors import Refusal
+from llm_at_home.errors import Refusal, full_traceback
 from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store
@@ -61,7 +61,7 @@ def run(main: Callable[[], Any]) -> None:
         plugins.check(sys.argv[1:])
         main()
     except Refusal as refusal:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if full_traceback():
             raise
         print(f"refused: {refusal}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
@@ -96,7 +96,7 @@ def job(task: str, composed: DictConfig) -> float | list[float] | None:
             outcome.status, record = run_or_skip(task, config, folder, parent)
             metric = _metric(record, config["metric"])
     except Refusal as refusal:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if full_traceback():
             raise
         outcome.status, outcome.message = "refused", str(refusal)
         print(f"refused: {refusal}", file=sys.stderr)
