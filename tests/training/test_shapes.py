@@ -7,7 +7,8 @@ import torch
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models.chat import IGNORED
-from llm_at_home.training.data import ChatDataModule, collate, pack, pairs_in, tokens_in
+from llm_at_home.training.counting import pairs_in, tokens_in
+from llm_at_home.training.data import ChatDataModule, collate, pack
 from llm_at_home.training.probes import check_unmasked
 from llm_at_home.training.shapes import Shapes
 

@@ -1,4 +1,4 @@
-"""What the keys of ``trainer=fast`` that are not Lightning's mean: compiled layers, few shapes, a fused optimizer."""
+"""What the keys of ``trainer=fast`` that are not Lightning's mean: compiled layers, graphs, few shapes, a fused optimizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from llm_at_home.training.regional import LAYERS, OFF
 
 # Of the trainer group; the rest is Lightning's.
-OWN_KEYS = ("compile", "padded_lengths", "fused")
+OWN_KEYS = ("compile", "graph", "padded_lengths", "fused")
+AUTO = "auto"
 FUSED = ("torch.optim.AdamW", "torch.optim.SGD")
 
 
@@ -19,8 +20,9 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
     ``16-mixed`` it stays the usual one.
     """
     trainer = dict(config["trainer"])
-    if trainer.get("compile") in (None, False):  # YAML reads off so
-        trainer["compile"] = OFF
+    for key in ("compile", "graph"):
+        if trainer.get(key) in (None, False):  # YAML reads off so
+            trainer[key] = OFF
     takes = config["optimizer"]["_target_"] in FUSED and trainer["precision"] != "16-mixed"
     optimizer = config["optimizer"]
     if trainer.pop("fused", False) and takes:
@@ -47,3 +49,19 @@ def shapes(config: Mapping[str, Any]) -> Any:
 def is_compiled(config: Mapping[str, Any]) -> bool:
     """Whether the run compiles its decoder layers."""
     return bool(config["trainer"].get("compile") == LAYERS)
+
+
+def graph_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why a run's passes cannot be captured as a CUDA graph, or None where they can."""
+    trainer, memory = config["trainer"], config["memory"]
+    obstacles = {
+        "there is no GPU": config["gpu"]["device"] != "cuda",
+        "nothing is trained": config["adapter"]["trains"] == "nothing",
+        "each batch has a length of its own": not trainer.get("padded_lengths"),
+        "packed conversations need a mask that is made on the host": config["data"]["packing"],
+        "recomputed layers put random states back": memory["checkpointing"] != "none",
+        "the tokens that the loss looks at are picked on the host": memory["loss"] == "liger" or memory["loss_tokens"],
+        "the scaler of 16-mixed decides on the host": trainer["precision"] == "16-mixed",
+        "several processes share gradients": trainer["devices"] > 1,
+    }
+    return next((why for why, holds in obstacles.items() if holds), None)

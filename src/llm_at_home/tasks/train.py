@@ -56,7 +56,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.training.callbacks.checkpoints import last_checkpoint, save_weights
     from llm_at_home.training.callbacks.memory import PeakMemory
     from llm_at_home.training.flops import ModelFlops
-    from llm_at_home.training.module import CausalLMModule
+    from llm_at_home.training.module import CausalLMModule, token_loss_sum
     from llm_at_home.training.probes import check_head, check_packing, check_unmasked
     from llm_at_home.training.regional import CompiledLayers
 
@@ -93,12 +93,18 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         check_head(model, loss, ids, config["dtype"])
     record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
     flops = ModelFlops.of(model)
-    compiled = None
+    compiled = token_loss = None
     if fast.is_compiled(config):
         shapes = config["trainer"]["padded_lengths"]
         compiled = CompiledLayers(model, shapes, config["trainer"]["devices"])
+        token_loss = compiled.function(token_loss_sum)
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
-    module = CausalLMModule(model, optimizer, scheduler, loss)
+    module = CausalLMModule(model, optimizer, scheduler, loss, token_loss)
+    graphed = None
+    if config["trainer"]["graph"] == fast.AUTO:
+        why = fast.graph_obstacle(config)
+        graphed = module.graph_passes() if why is None else None
+        record.notes += [f"no CUDA graph of the passes: {why}"] if why else []
     processes = config["trainer"]["devices"]
     if processes > 1:
         record.notes.append(f"memory, speed and energy are those of the first of {processes} processes")
@@ -121,6 +127,10 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     finally:
         _losses(record, module.history)
         _utilisation(record, flops, callbacks, adapter["trains"] != "nothing")
+        if graphed is not None:
+            graphed.close()
+            record.counts |= graphed.counts()
+            record.notes += graphed.notes()
         if compiled is not None:
             compiled.end()
             record.counts |= compiled.counts()

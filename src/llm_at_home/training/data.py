@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from llm_at_home.models.chat import IGNORED, Encoded
+from llm_at_home.training.counting import counted
 from llm_at_home.training.shapes import Shapes
 
 GROUPED_BATCHES = 8  # neighbours in the random order that group_by_length may exchange, in batches
@@ -72,7 +73,7 @@ class ResumableLoader:
                 ids = self.conversations[0].input_ids[:1]
                 batch = [Encoded(ids, [IGNORED] * len(ids), truncated=True)]
             made = pack(batch) if self.packing else collate(batch, self.pad_id)
-            yield self.shapes.fill(made, self.pad_id) if self.shapes else made
+            yield counted(self.shapes.fill(made, self.pad_id) if self.shapes else made)
         self.epoch += 1
         self.position = 0
 
@@ -124,21 +125,6 @@ def pack(conversations: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         "labels": [label for c in conversations for label in (IGNORED, *c.labels[1:])],
     }
     return {key: torch.tensor([row]) for key, row in rows.items()}
-
-
-def tokens_in(batch: Mapping[str, Any]) -> int:
-    """How many tokens of conversations a batch has, padding not counted."""
-    if "lengths" in batch:
-        return sum(batch["lengths"])
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-
-
-def pairs_in(batch: Mapping[str, Any]) -> int:
-    """How many pairs of a token and one that it attends to, itself among them, a batch has, padding not counted."""
-    if "position_ids" in batch and "lengths" not in batch:
-        return int((batch["position_ids"] + 1).sum())
-    lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1).tolist()
-    return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def random_conversations(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:

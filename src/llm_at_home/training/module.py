@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 
 from llm_at_home.models.chat import IGNORED
 from llm_at_home.training.activations import ChunkedLoss, model_inputs
-from llm_at_home.training.data import tokens_in
+from llm_at_home.training.counting import targets_in, tokens_in
+from llm_at_home.training.graphed import GraphedPasses
 
 # Sums of token losses are divided by this before the backward pass, so that fp16 gradients keep their usual size; it
 # cancels out before the optimizer sees them.
@@ -29,6 +30,7 @@ class CausalLMModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         scheduler: makes the learning-rate schedule from the optimizer; it counts optimizer steps.
         chunked_loss: computes the loss without all logits at once; None for all of them.
+        token_loss: from logits and labels to the summed loss; by default :func:`token_loss_sum` as it is.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class CausalLMModule(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., Any] | None = None,
         chunked_loss: ChunkedLoss | None = None,
+        token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self._chunked_loss = chunked_loss
+        self._token_loss = token_loss or token_loss_sum
+        self._graphed: GraphedPasses | None = None
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
         # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
@@ -50,7 +55,7 @@ class CausalLMModule(LightningModule):
         self.penalty: Callable[[], torch.Tensor | None] | None = None
         self.after_optimizer_step: Callable[[int], None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._gradient_norm: float | None = None
+        self._gradient_norm: torch.Tensor | None = None
         self._learning_rate = math.nan  # of the step being made: after it the schedule has moved on
         self._start_window()
 
@@ -58,6 +63,11 @@ class CausalLMModule(LightningModule):
         self._loss_sum: Any = 0.0
         self._tokens = 0
         self._input_tokens = 0
+
+    def graph_passes(self, record: Any = None) -> GraphedPasses:
+        """Run forward and backward passes as graphs from now on; ``record`` is :class:`GraphedPasses`' own."""
+        self._graphed = GraphedPasses(self._both_passes, self._trainable, record)
+        return self._graphed
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule; None where nothing trains."""
@@ -74,25 +84,41 @@ class CausalLMModule(LightningModule):
 
         Args:
             batch: ``input_ids``, ``labels``, and ``attention_mask`` or (of packed conversations) ``position_ids``, each
-                of shape (conversations, tokens); ``lengths`` where they are rounded up to a few shapes.
+                of shape (conversations, tokens); ``lengths`` and ``targets`` where they were counted.
             batch_idx: its number in the epoch.
 
         Returns:
-            The sum of the token losses over ``REFERENCE_TOKENS``, a scalar.
+            The sum of the token losses over ``REFERENCE_TOKENS``, a scalar. With graphs its gradients were added.
         """
         # Before the forward pass: a GPU that is asked for a number afterwards has to finish first.
-        self._tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._tokens += targets_in(batch)
         self._input_tokens += tokens_in(batch)
-        with torch.set_grad_enabled(bool(self._trainable)):
-            loss = self._chunked_loss(batch) if self._chunked_loss else self._loss(batch)
+        if self._graphed is not None:
+            loss = self._graphed(batch)
+        else:
+            with torch.set_grad_enabled(bool(self._trainable)):
+                loss = self._summed_loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         scaled = loss / REFERENCE_TOKENS
-        return scaled if self._trainable else scaled.detach().requires_grad_()
+        return scaled if scaled.requires_grad else scaled.detach().requires_grad_()
 
-    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _summed_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        if self._chunked_loss:
+            return self._chunked_loss(batch)
         logits = self.model(**model_inputs(batch)).logits
-        # Prompt methods put tokens of their own before the conversation's.
-        return token_loss_sum(logits[:, -batch["labels"].shape[1] :], batch["labels"])
+        more = logits.shape[1] - batch["labels"].shape[1]
+        # Prompt methods put tokens of their own before the conversation's. A slice of all would cost its copy.
+        return self._token_loss(logits[:, more:] if more else logits, batch["labels"])
+
+    def _both_passes(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        device = self.device.type
+        dtype, mixed = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Weights that autocast keeps between operations would be a graph's own.
+        with torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):
+            loss = self._summed_loss(batch)
+        with torch.autocast(device, enabled=False):
+            (loss / REFERENCE_TOKENS).backward()
+        return loss.detach()
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, without its division by ``accumulate_grad_batches``, which is no number of micro-batches."""
@@ -132,8 +158,14 @@ class CausalLMModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.after_optimizer_step is not None:
             self.after_optimizer_step(self.trainer.global_step + 1)  # the step is counted when this returns
-        for parameter in self._trainable:
-            parameter.grad = None
+        if self._graphed is not None:
+            self._graphed.clear_gradients()
+        else:
+            for parameter in self._trainable:
+                parameter.grad = None
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing: :meth:`optimizer_step` drops them, and a graph's are there before Lightning asks for this."""
 
     def configure_gradient_clipping(
         self,
@@ -143,8 +175,8 @@ class CausalLMModule(LightningModule):
     ) -> None:
         """Clip the accumulated gradient's 2-norm, and keep the norm from before clipping."""
         if gradient_clip_val and self._trainable:
-            norm = torch.nn.utils.clip_grad_norm_(self._trainable, float(gradient_clip_val))
-            self._gradient_norm = float(norm)
+            # Its value is asked for when the step is over: until then the device need not be waited for.
+            self._gradient_norm = torch.nn.utils.clip_grad_norm_(self._trainable, float(gradient_clip_val))
 
     def close_window(self) -> dict[str, float]:
         """Figures of the optimizer step just made: ``loss`` (nats/token), ``tokens``, ``gradient_norm``, ``lr``.
@@ -158,7 +190,7 @@ class CausalLMModule(LightningModule):
             "input_tokens": float(self._input_tokens),
         }
         if self._gradient_norm is not None:
-            step["gradient_norm"] = self._gradient_norm
+            step["gradient_norm"] = float(self._gradient_norm)
         if self._trainable:
             step["lr"] = self._learning_rate
         self.history.append(step)
@@ -185,6 +217,8 @@ def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: of shape (conversations, tokens, vocabulary).
         labels: of shape (conversations, tokens), -100 where the loss does not look.
     """
+    # Labels are moved, since the logits are large: the last token of a conversation predicts nothing.
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORED, reduction="sum"
     )

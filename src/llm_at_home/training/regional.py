@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from llm_at_home.errors import Refusal
@@ -54,6 +55,12 @@ class CompiledLayers:
         self._counters = counters
         self._before = {name: Counter(counters[name]) for name in ("stats", "graph_break")}
         self._seconds = _compile_seconds()
+
+    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function outside the layers, compiled as they are."""
+        import torch
+
+        return torch.compile(function, backend=BACKEND, dynamic=False)
 
     def counts(self) -> dict[str, int]:
         """``compiled_layers``, the ``compiled_graphs`` that they share, and ``graph_breaks`` within them."""

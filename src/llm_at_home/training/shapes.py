@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from llm_at_home.models.chat import IGNORED
+from llm_at_home.training.counting import lengths_in
 
 ALIGNED = 8  # tokens: what matrix products and attention kernels want
 
@@ -54,16 +54,12 @@ class Shapes:
         found: dict[str, Any] = {
             "input_ids": _padded(batch["input_ids"], shape, pad_id),
             "labels": _padded(batch["labels"], shape, IGNORED),
+            "lengths": lengths_in(batch),
         }
         if packed:
             positions = _padded(batch["position_ids"], shape, 0)
             positions[:, length:] = torch.arange(shape[1] - length)
             found["position_ids"] = positions
-            ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
-            bounds = [0, *ends.tolist(), length]
-            found["lengths"] = [b - a for a, b in itertools.pairwise(bounds)]
-        else:
-            found["lengths"] = batch["attention_mask"].sum(1).tolist()
         return found
 
 

@@ -123,6 +123,8 @@ def _check_compiled(config: Mapping[str, Any]) -> None:
         raise Refusal(f"trainer.padded_lengths={lengths} is no number of lengths: give at least 1, or null")
     if trainer["compile"] not in (LAYERS, OFF):
         raise Refusal(f"trainer.compile={trainer['compile']} is unknown: choose {LAYERS} or {OFF}")
+    if trainer["graph"] not in (fast.AUTO, OFF):
+        raise Refusal(f"trainer.graph={trainer['graph']} is unknown: choose {fast.AUTO} or {OFF}")
     if not fast.is_compiled(config):
         return
     if lengths is None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from llm_at_home.metering.timing import mean_interval95, now
 from llm_at_home.records.schema import Reading
-from llm_at_home.training.data import pairs_in, tokens_in
+from llm_at_home.training.counting import pairs_in, tokens_in
 
 
 class Throughput(Callback):

@@ -1,0 +1,203 @@
+"""Passes as graphs: what is replayed trains as what is not, and what cannot be captured is not."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from llm_at_home.tasks import fast
+from llm_at_home.training import module as modules, regional
+from llm_at_home.training.graphed import GraphedPasses
+from llm_at_home.training.shapes import Shapes
+
+LENGTHS = (5, 40, 12, 33, 21, 17, 9)
+CARD = {"device": "cuda", "card": "NVIDIA A100", "emulated": False, "compute_capability": "8.0"}
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+
+
+class Tape:
+    """Records as a card does: nothing runs while it is captured; a replay reads and writes where the capture did."""
+
+    def __init__(self, fails: str | None = None) -> None:
+        self.fails = fails
+        self.ran = self.captured = self.replayed = self.let_go_of = 0
+
+    def run(self, function):
+        self.ran += 1
+        return function()
+
+    def capture(self, function):
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.captured += 1
+        found = torch.zeros(())
+
+        def replay():
+            self.replayed += 1
+            found.copy_(function())
+
+        return replay, found
+
+    def let_go(self):
+        self.let_go_of += 1
+
+
+@pytest.fixture
+def with_tape(monkeypatch):
+    """Every module's passes are graphs of this tape."""
+
+    def use(tape):
+        made = modules.CausalLMModule.__init__
+
+        def init(self, *args, **kwargs):
+            made(self, *args, **kwargs)
+            self.graph_passes(tape)
+
+        monkeypatch.setattr(modules.CausalLMModule, "__init__", init)
+        return tape
+
+    return use
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_graph_trains_as_the_passes_do(fit, with_tape, accumulate):
+    order = {"batch_size": 2, "accumulate": accumulate, "steps": 5, "lengths": LENGTHS, "optimizer": ADAMW}
+    order["shapes"] = Shapes(rows=2, longest=40, lengths=2)
+    wanted = fit(**order)
+    tape = with_tape(Tape())
+    found = fit(**order)
+    assert found.history == wanted.history
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, wanted.state_dict()[name])
+    # Each of the two shapes once as it is, and again from the graph; the second shape took the first one's graph away.
+    assert tape.ran == 2
+    assert tape.replayed == 5 * accumulate - 2
+    assert 2 <= tape.captured <= 3
+    assert all(p.grad is not None and not p.grad.any() for p in found.model.parameters())
+
+
+def test_a_new_shape_takes_the_memory_of_the_graphs():
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def passes(batch):
+        loss = (weight * batch["input_ids"].sum()).sum()
+        loss.backward()
+        return loss.detach()
+
+    def batch(length, value):
+        return {key: torch.full((1, length), value) for key in ("input_ids", "labels")}
+
+    tape = Tape()
+    graphed = GraphedPasses(passes, [weight], tape)
+    summed = 0
+    for length, value in [(2, 1), (2, 2), (2, 3), (4, 1), (2, 4), (4, 5)]:
+        assert graphed(batch(length, value)) == 3 * length * value
+        summed += length * value
+    assert weight.grad.tolist() == [summed] * 3
+    assert (tape.ran, tape.captured, tape.replayed, tape.let_go_of) == (2, 3, 4, 1)
+    assert graphed.counts() == {"graphed_shapes": 2}
+    place = weight.grad.data_ptr()
+    graphed.clear_gradients()
+    assert weight.grad.tolist() == [0, 0, 0]
+    assert weight.grad.data_ptr() == place
+    graphed.close()
+    assert tape.let_go_of == 2
+
+
+def test_what_cannot_be_captured_runs_as_it_is(fit, with_tape):
+    order = {"batch_size": 2, "accumulate": 1, "steps": 4, "lengths": LENGTHS, "optimizer": ADAMW}
+    order["shapes"] = Shapes(rows=2, longest=40, lengths=1)
+    wanted = fit(**order)
+    tape = with_tape(Tape(fails="operation not permitted when stream is capturing\nCompile with"))
+    found = fit(**order)
+    assert found.history == wanted.history
+    assert tape.ran == 4
+    assert found._graphed.counts() == {"graphed_shapes": 0}
+    assert found._graphed.notes() == ["no CUDA graph of the passes: operation not permitted when stream is capturing"]
+
+
+def test_a_lack_of_memory_is_said_as_such():
+    class Full(Tape):
+        def capture(self, function):
+            raise torch.OutOfMemoryError("out of memory")
+
+    graphed = GraphedPasses(lambda batch: torch.zeros(()), [], Full())
+    batch = {key: torch.zeros((1, 2)) for key in ("input_ids", "labels")}
+    graphed(batch)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(batch)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], None),
+        (["trainer.padded_lengths=null", "trainer.compile=off"], "length of its own"),
+        (["data.packing=true"], "packed"),
+        (["memory.checkpointing=full"], "recomputed"),
+        (["memory.loss_tokens=64"], "picked on the host"),
+        (["trainer.precision=16-mixed"], "scaler"),
+        (["trainer.devices=2", "trainer.strategy=ddp"], "several processes"),
+        (["adapter=none"], "nothing is trained"),
+    ],
+)
+def test_why_passes_are_not_captured(resolved, words, why):
+    config = resolved(["trainer=fast", "trainer.micro_batch=null", *words], **CARD)
+    assert config["trainer"]["graph"] == "auto"
+    found = fast.graph_obstacle(config)
+    assert found is None if why is None else why in found
+    config["gpu"]["device"] = "cpu"
+    assert fast.graph_obstacle(config) == "there is no GPU"
+
+
+def test_the_record_says_that_there_was_no_graph(train_here, tiny_model, tmp_path):
+    words = ["trainer=fast", "trainer.compile=off", "trainer.micro_batch=null", "trainer.max_steps=1", "data=synthetic"]
+    words += ["model=custom", f"model.source={tiny_model}", "data.max_length=32", "limit=4"]
+    record = train_here(words, tmp_path / "run")
+    assert "no CUDA graph of the passes: there is no GPU" in record.notes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_card_s_graph_adds_the_gradients_that_the_passes_do(tiny_model, compiled):
+    losses, gradients = {}, {}
+    for graph in (False, True):
+        model = adapted(tiny_model).cuda()
+        module = modules.CausalLMModule(model, ADAMW).cuda()
+        if compiled:
+            regional.CompiledLayers(model, shapes=2)
+        graphed = module.graph_passes()
+        torch.manual_seed(0)
+        losses[graph] = []
+        for length in (24, 24, 24, 40, 24, 40):
+            batch = {key: torch.randint(3, 90, (2, length), device="cuda") for key in ("input_ids", "labels")}
+            with torch.autocast("cuda", torch.bfloat16):
+                losses[graph].append(float(graphed(batch) if graph else module._both_passes(batch)))
+        gradients[graph] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        if graph:
+            assert graphed.not_captured is None
+            assert graphed.counts() == {"graphed_shapes": 2}
+            graphed.close()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    for name, value in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
+def test_a_card_s_graph_draws_new_masks_each_time(tiny_model):
+    module = modules.CausalLMModule(adapted(tiny_model, lora_dropout=0.5).cuda().train(), ADAMW).cuda()
+    graphed = module.graph_passes()
+    batch = {key: torch.randint(3, 90, (2, 24), device="cuda") for key in ("input_ids", "labels")}
+    losses = [float(graphed(batch)) for _ in range(4)]
+    assert graphed.not_captured is None
+    assert len(set(losses)) == 4
+
+
+def adapted(folder, **options):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
