@@ -88,6 +88,18 @@ def test_scores_patterns_and_what_is_masked_are_peft_s_at_every_step(make_base, 
     assert sum(sum(kept) for kept in patterns[-1].values()) == 14 * 3
 
 
+def test_another_pattern_masks_what_it_says(make_base):
+    wanted, found = adapted(make_base(), "peft"), adapted(make_base())
+    names = triplets(found).names["lora_E"]
+    for lost in (0, 5):
+        pattern = {name: [row != lost for row in range(6)] for name in names}
+        for model in (wanted, found):
+            model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, pattern)
+        for (name, ours), theirs in zip(trained(found).items(), trained(wanted).values(), strict=True):
+            assert torch.equal(ours, theirs), name
+            assert "lora_E" not in name or not ours[lost].any()
+
+
 def test_scores_that_were_put_back_are_gone_on_with(make_base):
     straight, resumed = adapted(make_base()), adapted(make_base())
     generator = torch.Generator().manual_seed(1)
