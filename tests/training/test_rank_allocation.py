@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from llm_at_home.adapters.attach import prepare_for_training, rank_schedule
 from llm_at_home.errors import Refusal
@@ -98,6 +100,46 @@ def test_the_penalty_is_peft_s(allocation):
     module.model.peft_config["default"].orth_reg_weight = 0.5
     assert float(callback.penalty()) == pytest.approx(float(with_penalty - without), rel=1e-3)
     assert module.penalty == callback.penalty
+
+
+class OneByOne(RankAllocation):
+    """The penalty as a term of the objective, matrix by matrix."""
+
+    def penalty(self):
+        config, norms = self._config, []
+        for name, parameter in self._model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                product = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+                norms.append(torch.linalg.norm(product - torch.eye(len(product))))
+        (config.orth_reg_weight * torch.stack(norms).mean()).backward()
+
+
+def precision(name):
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0) if name == "16-mixed" else None
+    return [MixedPrecision(name, "cpu", scaler)] if name != "32-true" else None
+
+
+@pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_run_is_the_one_with_peft_s_own_loops(fit, name, tmp_path):
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    order = {"batch_size": 2, "accumulate": 3, "steps": 14, "lengths": (5, 40, 12, 33, 21, 17), "optimizer": adamw}
+    ends = []
+    for callback, implementation in ((OneByOne(), "peft"), (RankAllocation(), "factored")):
+        adapter = {**ADALORA, "implementation": implementation}
+        module = fit(
+            **order,
+            callbacks=[callback],
+            prepare=lambda model, adapter=adapter: prepare_for_training(model, adapter, steps=14),
+            plugins=precision(name),
+            folder=tmp_path / implementation,
+        )
+        ends.append((module, callback.ranks()))
+    (wanted, ranks), (found, ours) = ends
+    assert sum(ranks.values()) == 14 * 2
+    assert ours == ranks
+    assert [s["loss"] for s in found.history] == pytest.approx([s["loss"] for s in wanted.history], rel=1e-4)
+    for key, value in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-2, atol=1e-4, msg=key)
 
 
 def test_other_adapters_are_left_alone(tiny_model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# LoKr and LoHa as computed here, or as PEFT does.
+# LoKr, LoHa and AdaLoRA's allocation of ranks as computed here, or as PEFT does.
 FACTORED, PEFT = "factored", "peft"
 IMPLEMENTATIONS = (FACTORED, PEFT)
 
@@ -13,8 +13,9 @@ def register(implementation: str = FACTORED) -> None:
     """Put the methods in PEFT's tables. Calling it again does no harm.
 
     Args:
-        implementation: ``factored`` computes LoKr and LoHa with their factors (checkpoints are the same), ``peft`` as
-            PEFT does, for comparison. It holds for the adapters made or loaded afterwards in this process.
+        implementation: ``factored`` computes LoKr and LoHa with their factors (checkpoints are the same) and AdaLoRA's
+            ranks for many matrices at once, ``peft`` as PEFT does, for comparison. It holds for the adapters made or
+            loaded afterwards in this process.
 
     Raises:
         ValueError: for another word.
@@ -22,6 +23,7 @@ def register(implementation: str = FACTORED) -> None:
     from peft import LoHaModel, LoKrModel, PeftType, mapping
 
     from llm_at_home.adapters import bottleneck
+    from llm_at_home.adapters.adalora import BatchedAdaLoraModel
     from llm_at_home.adapters.loha import FactoredLoHaModel
     from llm_at_home.adapters.lokr import FactoredLoKrModel
     from llm_at_home.adapters.packed import PackedAdaLoraModel, PackedIA3Model
@@ -32,7 +34,7 @@ def register(implementation: str = FACTORED) -> None:
     factored = implementation == FACTORED
     tuners[PeftType.LOKR] = FactoredLoKrModel if factored else LoKrModel
     tuners[PeftType.LOHA] = FactoredLoHaModel if factored else LoHaModel
-    tuners[PeftType.ADALORA] = PackedAdaLoraModel
+    tuners[PeftType.ADALORA] = BatchedAdaLoraModel if factored else PackedAdaLoraModel
     tuners[PeftType.IA3] = PackedIA3Model
     tuners[bottleneck.PEFT_TYPE] = bottleneck.BottleneckModel
     configs: Any = mapping.PEFT_TYPE_TO_CONFIG_MAPPING

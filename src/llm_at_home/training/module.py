@@ -50,9 +50,9 @@ class CausalLMModule(LightningModule):
         self._graphed: GraphedPasses | None = None
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
-        # What an adapter method adds to the loop: a term of the objective, once an optimizer step, and what it does
-        # after the step while gradients are there, given the step's number.
-        self.penalty: Callable[[], torch.Tensor | None] | None = None
+        # What an adapter method adds to the loop: the gradient of a term of the objective, once an optimizer step, and
+        # what it does after the step while gradients are there, given the step's number.
+        self.penalty: Callable[[], object] | None = None
         self.after_optimizer_step: Callable[[int], None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._gradient_norm: torch.Tensor | None = None
@@ -128,7 +128,7 @@ class CausalLMModule(LightningModule):
         """Turn the window's summed gradients into the gradient of its mean token loss (after fp16 is unscaled).
 
         Of several processes each has its own micro-batches, and Lightning's strategy has averaged their gradients.
-        A penalty's gradient is added here: it does not depend on the tokens.
+        A penalty adds its gradient here: it does not depend on the tokens.
         """
         self._sum_over_processes()
         if self._trainable:
@@ -136,9 +136,8 @@ class CausalLMModule(LightningModule):
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, self.trainer.world_size * REFERENCE_TOKENS / self._tokens)
-        penalty = self.penalty() if self.penalty else None
-        if penalty is not None:
-            penalty.backward()
+        if self.penalty is not None:
+            self.penalty()
 
     def _sum_over_processes(self) -> None:
         if self.trainer.world_size > 1:

@@ -23,6 +23,7 @@ class RankAllocation(Callback):
 
     def __init__(self) -> None:
         self._model: Any = None
+        self._triplets: Any = None
         self._restored: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -31,7 +32,10 @@ class RankAllocation(Callback):
 
         base = getattr(pl_module.model, "base_model", None)
         if isinstance(base, AdaLoraModel) and hasattr(base, "rankallocator"):
+            from llm_at_home.adapters.adalora import Triplets
+
             self._model = base
+            self._triplets = Triplets(base.model, base.trainable_adapter_name)
             pl_module.penalty = self.penalty
             pl_module.after_optimizer_step = self.allocate
 
@@ -49,16 +53,12 @@ class RankAllocation(Callback):
         return self._model.peft_config[self._model.trainable_adapter_name]
 
     def penalty(self) -> torch.Tensor | None:
-        """How far the directions are from orthonormal: the mean Frobenius norm of P^T P - I, weighted. A scalar."""
+        """Add the gradient of the penalty: how far the directions are from orthonormal. Its value, a scalar.
+
+        None where its weight is 0.
+        """
         weight = self._config.orth_reg_weight
-        if not weight:
-            return None
-        norms = []
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and ("lora_A" in name or "lora_B" in name):
-                product = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-                norms.append(torch.linalg.norm(product - torch.eye(len(product), device=product.device)))
-        return weight * torch.stack(norms).mean()
+        return self._triplets.penalize(weight) if weight else None
 
     def allocate(self, step: int) -> None:
         """After the optimizer's step number ``step``, the first of which is 1, while its gradients are there."""
