@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llm_at_home.tasks import fast
-from llm_at_home.training import module as modules, regional
+from llm_at_home.training import module as modules
+from llm_at_home.training import regional
 from llm_at_home.training.graphed import GraphedPasses
 from llm_at_home.training.shapes import Shapes
 

@@ -1,4 +1,4 @@
-"""What the keys of ``trainer=fast`` that are not Lightning's mean: compiled layers, graphs, few shapes, a fused optimizer."""
+"""What the keys of ``trainer=fast`` that are not Lightning's mean: compiled layers, graphs, few shapes, fused steps."""
 
 from __future__ import annotations
 

@@ -21,14 +21,14 @@ class GraphedPasses:
     Args:
         passes: computes a batch's loss and adds its gradients to the parameters'; the loss, detached, is returned.
         trained: the parameters whose gradients are summed, which stay at one place from now on.
-        record: captures what a function does on the card; in its stead a test's own.
+        record: captures what a function does; by default :class:`OnCard`.
     """
 
     def __init__(
         self,
         passes: Callable[[Mapping[str, Any]], torch.Tensor],
         trained: Sequence[torch.nn.Parameter],
-        record: Callable[..., Any] | None = None,
+        record: Any = None,
     ) -> None:
         self._passes, self._trained = passes, list(trained)
         self._record = record or OnCard()
@@ -48,7 +48,7 @@ class GraphedPasses:
         if graph is not None:
             return graph.replayed(batch)
         self._seen.add(shape)
-        self.close()
+        self._let_go()
         return self._record.run(lambda: self._passes(batch))
 
     def clear_gradients(self) -> None:
@@ -58,7 +58,12 @@ class GraphedPasses:
             torch._foreach_zero_(gradients)
 
     def close(self) -> None:
-        """Let go of the graphs and their memory; batches that come are captured anew."""
+        """Let go of the graphs, the gradients and their memory; batches that come are captured anew."""
+        self._let_go()
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _let_go(self) -> None:
         if self._graphs:
             self._graphs.clear()
             self._record.let_go()
