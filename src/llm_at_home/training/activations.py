@@ -45,6 +45,24 @@ def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> in
     return sum(layer.gradient_checkpointing for layer in layers)
 
 
+def logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A model's logits for a training batch, of shape (conversations, tokens, vocabulary).
+
+    Where neither a mask nor positions are given, transformers would ask the device whether the positions that it counts
+    itself begin anew somewhere, and wait for the answer; while a CUDA graph is captured it would take it for yes.
+    """
+    from transformers import masking_utils
+
+    if "attention_mask" in batch or "position_ids" in batch:
+        return model(**model_inputs(batch)).logits
+    asks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        return model(**model_inputs(batch)).logits
+    finally:
+        masking_utils.find_packed_sequence_indices = asks
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What of a training batch the model takes.
 
@@ -96,7 +114,7 @@ class ChunkedLoss:
         """
         labels = batch["labels"][:, 1:]
         with self._without_head() as head:
-            hidden = self.model(**model_inputs(batch)).logits
+            hidden = logits(self.model, batch)
         # Prompt methods put tokens of their own before the conversation's.
         hidden = hidden[:, -batch["labels"].shape[1] : -1]
         looked_at = labels != IGNORED

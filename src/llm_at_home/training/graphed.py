@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,12 @@ class GraphedPasses:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         shape = tuple(batch["input_ids"].shape)
-        if self.not_captured is None and shape in self._seen and shape not in self._graphs:
+        if shape in self._seen and shape not in self._graphs and self.not_captured is None:
             self._capture(shape, batch)
-        graph = self._graphs.get(shape)
-        if graph is not None:
-            return graph.replayed(batch)
+        if self.not_captured is not None:
+            return self._passes(batch)
+        if shape in self._graphs:
+            return self._graphs[shape].replayed(batch)
         self._seen.add(shape)
         self._let_go()
         return self._record.run(lambda: self._passes(batch))
@@ -63,8 +65,8 @@ class GraphedPasses:
         for parameter in self._trained:
             parameter.grad = None
 
-    def _let_go(self) -> None:
-        if self._graphs:
+    def _let_go(self, force: bool = False) -> None:
+        if self._graphs or force:
             self._graphs.clear()
             self._record.let_go()
 
@@ -84,6 +86,7 @@ class GraphedPasses:
             raise
         except RuntimeError as error:  # a layer that waits for the device, say
             self.not_captured = str(error).splitlines()[0]
+            self._let_go(force=True)
             return
         self._graphs[shape] = _Graph(inputs, loss, replay)
 
@@ -122,13 +125,28 @@ class OnCard:
         """A function's work as a graph: what replays it, and the tensor that it returns each time anew."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # what the pass before this kept is free, and the graph's pool cannot use it
         graph = torch.cuda.CUDAGraph()
-        # Threads of autograd take part; those that only watch the card may go on.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            found = function()
+        # torch.cuda.graph would leave its stream the current one when a capture fails.
+        with torch.cuda.stream(self._stream):
+            # Threads of autograd take part; those that only watch the card may go on.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                found = function()
+            except BaseException:
+                self._give_up(graph)
+                raise
+            graph.capture_end()
         return graph.replay, found
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, and tell the allocator, which the failing end does not."""
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
     def let_go(self) -> None:
         """Return the graphs' memory."""

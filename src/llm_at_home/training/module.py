@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from llm_at_home.models.chat import IGNORED
-from llm_at_home.training.activations import ChunkedLoss, model_inputs
+from llm_at_home.training.activations import ChunkedLoss, logits
 from llm_at_home.training.counting import targets_in, tokens_in
 from llm_at_home.training.graphed import GraphedPasses
 
@@ -105,10 +105,10 @@ class CausalLMModule(LightningModule):
     def _summed_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self._chunked_loss:
             return self._chunked_loss(batch)
-        logits = self.model(**model_inputs(batch)).logits
-        more = logits.shape[1] - batch["labels"].shape[1]
+        found = logits(self.model, batch)
+        more = found.shape[1] - batch["labels"].shape[1]
         # Prompt methods put tokens of their own before the conversation's. A slice of all would cost its copy.
-        return self._token_loss(logits[:, more:] if more else logits, batch["labels"])
+        return self._token_loss(found[:, more:] if more else found, batch["labels"])
 
     def _both_passes(self, batch: Mapping[str, Any]) -> torch.Tensor:
         device = self.device.type
