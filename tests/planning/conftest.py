@@ -116,7 +116,7 @@ def measure(plain):
             try:
                 with Alive() as alive:
                     with torch.autocast("cpu", torch.bfloat16, enabled=not wide, cache_enabled=False):
-                        loss = module._chunked_loss(batch) if module._chunked_loss else module._loss(batch)
+                        loss = module._loss(batch)
                     kept = alive.now
                     loss.backward()
             finally:

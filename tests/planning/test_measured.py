@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "h100"
 HELD_OUT = ("planner", "table1_second_host", "table1_third_host")
 ERROR = 0.05
+# What was read off a record says nothing by being right there; docs/planner.md says what is known of the other.
+READ_OFF = ("int8_lora_b1_500", "int8_lora_b4_1024_full", "mistral_infer_b16_1000", "none_infer_b16_500")
+READ_OFF += ("none_infer_b4_1000",)
+FURTHER_OFF = {"limit_24gb_mistral_7b_32000": 0.08}
 PEAKS = {"reserved": "torch_reserved_peak", "process": "process_memory_peak"}
 
 
@@ -58,11 +62,11 @@ def test_the_predicted_peaks_are_within_five_per_cent(row):
     prediction = predict(RECORDS[row])
     for name, key in PEAKS.items():
         measured = RECORDS[row].readings[key].value
-        assert getattr(prediction, name) / 1e9 == pytest.approx(measured, rel=ERROR), key
+        assert getattr(prediction, name) / 1e9 == pytest.approx(measured, rel=FURTHER_OFF.get(row, ERROR)), key
 
 
 def test_there_are_at_least_twelve_of_them():
-    assert len(RECORDS) >= 12
+    assert len(RECORDS.keys() - {*READ_OFF, *FURTHER_OFF}) >= 12
 
 
 def test_the_constants_are_those_that_the_fit_gives():

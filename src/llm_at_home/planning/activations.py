@@ -7,7 +7,7 @@ parameters and buffers do not. Tests hold the sums against the storages that are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_at_home.planning import adapters
@@ -53,12 +53,14 @@ class LayerMemory:
         boundary: its input, which is all that a recomputed layer keeps.
         passing: beside what is kept, while its backward pass runs.
         recomputing: the same for a layer that is recomputed.
+        held: what of ``kept`` a recomputed layer keeps all the same, beside its input.
     """
 
     kept: float
     boundary: float
     passing: float
     recomputing: float
+    held: float = 0.0
 
 
 def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> LayerMemory:
@@ -81,6 +83,19 @@ def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> Layer
         passing=_passing(config, shape, batch, each, KEPT_WIDTHS),
         recomputing=_passing(config, shape, batch, each, RECOMPUTED_WIDTHS[_copying(config, each)]),
     )
+
+
+def with_inputs_of_int8(layer: LayerMemory, shape: Shape, batch: Batch, each: int) -> LayerMemory:
+    """A layer whose linear layers are LLM.int8()'s, on a GPU.
+
+    bitsandbytes' function puts its input by where recomputing does not see it, and lets go of it in the backward pass
+    alone; and each of the seven matrices has a copy of its own. Read off two runs on an H100 (int8_lora_b1_500 and
+    int8_lora_b4_1024_full of results/h100/planner); on a CPU what reads the same tensor shares it.
+    """
+    inputs = sum(linear.inputs for linear in shape.linears())
+    shared = 2 * shape.hidden + shape.queries + shape.inner  # counted already
+    further = float(batch.all_tokens * each * (inputs - shared))
+    return replace(layer, kept=layer.kept + further, held=float(batch.all_tokens * each * inputs))
 
 
 def _norms(shape: Shape) -> float:

@@ -10,8 +10,9 @@ from llm_at_home.planning.prediction import Moment, Prediction
 from llm_at_home.planning.shape import Shape
 from llm_at_home.planning.weights import BYTES, linear_bytes, model_bytes
 
-# Of the feed-forward block's inner width, at once: gate, its activation, up, product.
-PREFILL_WIDTHS = 4
+# At once, of the feed-forward block's inner width: the activated gate, what it multiplies, their product; and of the
+# stream's: the embedded tokens, which the model's forward pass holds to its end, the stream, its norm, a block's sum.
+PREFILL_WIDTHS = (3, 4)
 
 
 def predict_inference(
@@ -46,8 +47,10 @@ def predict_answers(
     token = cache_bytes(shape, config["dtype"])
     widest = max(shape.linears(), key=lambda linear: linear.weights)
     read_back = 0.0 if config["quant"]["method"] == "dense" else float(each * widest.weights)
-    block = shape.experts_per_token * PREFILL_WIDTHS * shape.inner
-    hidden = rows * prompt_tokens * each * (max(block, 2 * shape.queries + 2 * shape.values) + 3 * shape.hidden)
+    inner, stream = PREFILL_WIDTHS
+    block = shape.experts_per_token * inner * shape.inner
+    widest_part = max(block, 2 * shape.queries + 2 * shape.values)
+    hidden = rows * prompt_tokens * each * (widest_part + stream * shape.hidden)
     prefilled, answered = rows * prompt_tokens * token, rows * (prompt_tokens + new_tokens) * token
     # The keys of a layer, and then its values, are copied to grow by a token.
     growing = answered / shape.layers / 2

@@ -8,7 +8,14 @@ from typing import Any
 
 from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.planning import adapters
-from llm_at_home.planning.activations import Batch, LayerMemory, LossMemory, layer_memory, loss_memory
+from llm_at_home.planning.activations import (
+    Batch,
+    LayerMemory,
+    LossMemory,
+    layer_memory,
+    loss_memory,
+    with_inputs_of_int8,
+)
 from llm_at_home.planning.allocator import Gaps, context_bytes, cublas_workspace
 from llm_at_home.planning.prediction import Moment, Prediction
 from llm_at_home.planning.shape import Shape
@@ -124,7 +131,7 @@ def _moments(
     layer, loss = _with_virtual_tokens(config, shape, batch)
     recomputed = recomputed_layers(config, shape)
     offloaded = _memory(config)["offload"]
-    boundaries = 0.0 if offloaded else recomputed * layer.boundary
+    boundaries = recomputed * (layer.held if offloaded else layer.boundary + layer.held)
     whole = (shape.layers - recomputed) * layer.kept
     accumulated = gradients if accumulation(config) > 1 else 0.0
     held = whole + boundaries + loss.kept
@@ -137,7 +144,8 @@ def _moments(
     if recomputed:
         # The layers behind the last recomputed one have let go by then of what they kept.
         behind = shape.layers - 1 - _last_recomputed(config, shape)
-        there = (shape.layers - recomputed - behind + 1) * layer.kept + boundaries
+        # What the layer in hand holds is part of what it keeps.
+        there = (shape.layers - recomputed - behind + 1) * layer.kept + boundaries - layer.held
         found.append(_working(_moment("a recomputed layer", static, accumulated, there), layer.recomputing))
     return found
 
@@ -159,6 +167,8 @@ def _with_virtual_tokens(config: Mapping[str, Any], shape: Shape, batch: Batch) 
     if which in (adapters.PROMPT, adapters.ENCODER):
         batch = replace(batch, tokens=batch.tokens + config["adapter"]["num_virtual_tokens"])
     layer = layer_memory(config, shape, batch)
+    if config["quant"]["method"] == "bitsandbytes" and config["quant"]["bits"] == 8:
+        layer = with_inputs_of_int8(layer, shape, batch, BYTES[config["dtype"]])
     if which == adapters.PREFIX:
         further = batch.rows * config["adapter"]["num_virtual_tokens"] * 2 * shape.values * BYTES[config["dtype"]]
         layer = replace(layer, kept=layer.kept + further)

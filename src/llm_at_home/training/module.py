@@ -97,12 +97,12 @@ class CausalLMModule(LightningModule):
             loss = self._graphed(batch)
         else:
             with torch.set_grad_enabled(bool(self._trainable)):
-                loss = self._summed_loss(batch)
+                loss = self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         scaled = loss / REFERENCE_TOKENS
         return scaled if scaled.requires_grad else scaled.detach().requires_grad_()
 
-    def _summed_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self._chunked_loss:
             return self._chunked_loss(batch)
         found = logits(self.model, batch)
@@ -115,7 +115,7 @@ class CausalLMModule(LightningModule):
         dtype, mixed = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Weights that autocast keeps between operations would be a graph's own.
         with torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):
-            loss = self._summed_loss(batch)
+            loss = self._loss(batch)
         with torch.autocast(device, enabled=False):
             (loss / REFERENCE_TOKENS).backward()
         return loss.detach()
