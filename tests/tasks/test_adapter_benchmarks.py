@@ -45,6 +45,9 @@ def script(name: str) -> ModuleType:
         ("judge_faults", "two_core_cpu/judge_faults", "judging.md"),
         ("decode", "h100/decode", "decoding.md"),
         ("batch", "h100/batch", "decoding.md"),
+        ("batch", "h100/batch_lengths", "decoding.md"),
+        ("finetune", "h100/finetune", "fast_training.md"),
+        ("finetune", "h100/finetune_without_graph", "fast_training.md"),
         ("engines", "two_core_cpu/engines", "inference.md"),
     ],
 )
@@ -100,9 +103,11 @@ def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_o
 
 
 def test_the_rows_that_others_read_are_those_of_the_files():
-    for name in ("decode", "batch"):
-        benchmark, folder = script(name), RESULTS / "h100" / name
-        found = benchmark.rows(benchmark.common.stored(folder))
+    folders = {"decode": ["decode"], "batch": ["batch", "batch_lengths"], "finetune": ["finetune"]}
+    for name, folder in ((name, RESULTS / "h100" / folder) for name in folders for folder in folders[name]):
+        benchmark = script(name)
+        order = [benchmark.WORK] if name == "finetune" else []
+        found = benchmark.rows(benchmark.common.stored(folder, *order))
         assert json.loads((folder / "rows.json").read_text()) == {"rows": found}
 
 
