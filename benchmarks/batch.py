@@ -19,6 +19,7 @@ is a process of its own.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -83,6 +84,9 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     assert len(found) == 2 * len(own), "an answer is missing"
     print(f"{method} ours: {result['ours']}", flush=True)
     engine.close()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # kernels that the reference loads need memory of their own
     eager = EagerEngine(model, None, args.tokens)
     picked = firsts[:: max(1, len(firsts) // 3)][:3]
 
