@@ -81,6 +81,15 @@ def test_on_the_card_that_was_measured_the_figures_are_the_record_s_and_elsewher
     assert other["rate"]["method"].startswith("predicted")
 
 
+def test_a_speed_in_four_bits_says_nothing_of_other_bits():
+    offered = values("task=chat", "gpu=h100")["configurations"]
+    found = {" ".join(one["overrides"]): one["rate"]["value"] for one in offered}
+    measured = json.loads((ROOT / "results/h100/decode/gptq.json").read_text())["contenders"]["ours"]["rates"]
+    assert found["quant=gptq"] == pytest.approx(max(measured), rel=0.05)
+    assert found["quant=gptq quant.bits=8"] is None
+    assert found["quant=gptq quant.bits=3"] is None
+
+
 def test_fine_tuning_on_the_card_that_was_measured():
     (one,) = values("task=finetune", "gpu=h100", "quant=nf4", "adapter=lora")["configurations"]
     record = store.load(ROOT / "results/h100/table3/lora_nf4")

@@ -58,15 +58,17 @@ def exact_match(adapter: Mapping[str, Any]) -> Reading:
 
 
 def graph_pace(quant: Mapping[str, Any]) -> Pace | None:
-    """Decoding with ``engine=graph``, or None where it was not measured."""
+    """Decoding with ``engine=graph``, by the quantization's name, or None where it was not measured.
+
+    The pace's configuration is the bytes that a step reads, of the weights and of the keys and values.
+    """
     path = RESULTS / DECODE / f"{quant['name']}.json"
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    ours, protocol = found["contenders"]["ours"], found["protocol"]
-    config = {"tokens": protocol["prompt"] + protocol["tokens"] / 2}
-    rates = ours["rates"]
-    return Pace(median(rates), median(ours["joules"]), config, f"{DECODE}/{quant['name']}.json", len(rates))
+    ours, rates = found["contenders"]["ours"], found["contenders"]["ours"]["rates"]
+    read = {key: found["limit"][key] for key in ("weight_bytes", "cache_bytes")}
+    return Pace(median(rates), median(ours["joules"]), read, f"{DECODE}/{quant['name']}.json", len(rates))
 
 
 def eager_pace(quant: Mapping[str, Any], dtype: str) -> Pace | None:

@@ -21,6 +21,7 @@ from llm_at_home.records.schema import Reading
 
 MEASURED, PREDICTED, AT_MOST = "measured", "predicted", "at_most"
 GRAPH_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+SAME_BITS = 0.05  # how far a group size moves the bytes of 4 bits at most; a bit more or less moves them by a fifth
 TRITON = (8, 0)  # the compute capability from which engine=graph has the kernels that were measured
 
 
@@ -48,9 +49,9 @@ def decoding(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: 
     """One conversation's tokens a second, with the fastest engine that was measured for this quantization."""
     tokens = prompt_tokens + config["engine"]["max_new_tokens"] // 2
     has_graph = shape.kind in GRAPH_KINDS and config["dtype"] == "bfloat16" and card.compute_capability >= TRITON
-    graph = measurements.graph_pace(config["quant"]) if has_graph else None
+    graph = _graph_pace(config) if has_graph else None
     if graph is not None:
-        step = read_bytes(shape, config, tokens) / (card.bandwidth * 1e9 * _share_of_bandwidth(graph, config))
+        step = read_bytes(shape, config, tokens) / (card.bandwidth * 1e9 * _share_of_bandwidth(graph))
         why = (
             f"engine=graph: its share of an H100's bandwidth ({graph.place}, n = {graph.n}); held against no other card"
         )
@@ -84,11 +85,20 @@ def training(config: Mapping[str, Any], shape: Shape, card: Card) -> Speed:
     return _speed(share / least.value, pace, shape, card, None, error, why, same)
 
 
-def _share_of_bandwidth(pace: Pace, config: Mapping[str, Any]) -> float:
-    """Of the data sheet's, on the card and model that it was measured on."""
+def _graph_pace(config: Mapping[str, Any]) -> Pace | None:
+    """That of this quantization in as many bits: others have other kernels."""
+    pace = measurements.graph_pace(config["quant"])
+    if pace is None:
+        return None
     shape = Shape.from_architecture(measurements.MODEL, _architecture())
-    read = read_bytes(shape, {**config, "dtype": "bfloat16"}, int(pace.config["tokens"]))
-    return pace.rate * read / (_measured_on().bandwidth * 1e9)
+    weights = read_bytes(shape, {**config, "dtype": "bfloat16"}, 0)
+    return pace if abs(weights / pace.config["weight_bytes"] - 1) < SAME_BITS else None
+
+
+def _share_of_bandwidth(pace: Pace) -> float:
+    """Of the data sheet's, on the card and model that it was measured on."""
+    read = pace.config["weight_bytes"] + pace.config["cache_bytes"]
+    return float(pace.rate * read / (_measured_on().bandwidth * 1e9))
 
 
 def _architecture() -> dict[str, Any]:
