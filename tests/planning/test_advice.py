@@ -167,7 +167,7 @@ def test_the_answer_is_a_screen_and_says_what_is_predicted():
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 160
     text = "\n".join(lines)
-    for said in ("~   predicted", "-71% to -9%", "held within 5%", "measured on smollm2_135m", "0.15 USD/1M tokens"):
+    for said in ("~   predicted", "-71% to -9%", "within 5% of runs", "measured on smollm2_135m", "0.15 USD/1M tokens"):
         assert said in text
     assert "1,800 CHF (the paper's hardware table, spring 2024)" in text
 

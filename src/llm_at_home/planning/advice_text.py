@@ -150,7 +150,7 @@ def _commands(advice: Advice) -> list[str]:
 def _notes(advice: Advice) -> list[str]:
     shown = advice.candidates[:SHOWN]
     lines = [
-        f"GB  predicted, the process; within {MEMORY_ERROR:.0%} of runs that it was not fitted to (one: 8%), on an H100",
+        f"GB  predicted, the process; within {MEMORY_ERROR:.0%} of runs it was not fitted to (one: 8%), on an H100",
         "KL  nats/token lost, measured on smollm2_135m and not on this model, where the order may be another",
     ]
     if any(one.best for one in shown):
