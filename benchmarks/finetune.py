@@ -148,6 +148,7 @@ def _measure(args: argparse.Namespace, name: str, config: dict[str, Any], base: 
                 print(f"{name} {who}: {_said(one)}", flush=True)
             if turn == 0:
                 result["loss_difference"] = _differences(result)
+                common.write(result, file)
                 worst = max(result["loss_difference"].values(), default=0.0)
                 if not worst <= TOLERANCE[config["dtype"]]:
                     result["reason"] = f"the losses differ by {worst:.2g}, more than rounding explains"
