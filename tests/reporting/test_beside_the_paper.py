@@ -262,11 +262,11 @@ def test_the_planner_stands_beside_what_was_measured(loaded):
     assert row["process_error"].value == pytest.approx(
         100 * (row["process_predicted"].value / record["process_memory_peak"]["value"] - 1)
     )
-    # docs/planner.md: 5 % on what was not fitted to, but for one row; 8 % on one that was fitted to.
+    # docs/planner.md: 5 % on what was not fitted to, 8 % on one row that was; runs under another card's memory are no rows.
     errors = {r.source.parent.relative_to(H100).as_posix(): r.cells["process_error"].sort_value for r in table.rows}
     ours = {name: abs(error) for name, error in errors.items() if name.startswith("planner/")}
     assert len(ours) == 25
-    assert [name for name, error in ours.items() if error >= 5] == ["planner/limit_24gb_mistral_7b_32000"]
+    assert max(ours.values()) < 5
     drawn = planned.figure(table)
     assert {point.label for point in drawn.points if point.label} >= {"table1/none_bfloat16_b64"}
     assert len(drawn.points) == len(drawn.data.rows)
