@@ -262,7 +262,7 @@ def test_the_planner_stands_beside_what_was_measured(loaded):
     assert row["process_error"].value == pytest.approx(
         100 * (row["process_predicted"].value / record["process_memory_peak"]["value"] - 1)
     )
-    # docs/planner.md: 5 % on what was not fitted to, 8 % on one row that was; runs under another card's memory are no rows.
+    # docs/planner.md: 5 % on what was not fitted to, 8 % on one row that was; emulated cards have no row.
     errors = {r.source.parent.relative_to(H100).as_posix(): r.cells["process_error"].sort_value for r in table.rows}
     ours = {name: abs(error) for name, error in errors.items() if name.startswith("planner/")}
     assert len(ours) == 25
