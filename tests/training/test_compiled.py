@@ -215,7 +215,7 @@ def test_a_fast_run_has_the_losses_of_the_default(train_here, tiny_model, tmp_pa
         assert [s[key] for s in found] == pytest.approx([s[key] for s in wanted], rel=1e-5), key
     assert [s["gradient_norm"] for s in found] == pytest.approx([s["gradient_norm"] for s in wanted], rel=1e-3)
     assert record.counts["graph_breaks"] == 0
-    assert 1 <= record.counts["compiled_graphs"] <= 4 * regional.GRAPHS_PER_SHAPE
+    assert 1 <= record.counts["compiled_graphs"] <= 4 * (regional.GRAPHS_PER_SHAPE + 1)
     assert 0 < record.readings["model_flop_utilisation"].value < 1
     assert record.readings["time_to_first_step"].value > record.readings["load_time"].value
     saved = load_file(tmp_path / "fast" / "adapter" / "adapter_model.safetensors")
@@ -286,4 +286,4 @@ def test_two_processes_make_the_steps_of_one(command, tmp_path):
         assert [s[key] for s in steps(two)] == pytest.approx([s[key] for s in steps(one)], rel=1e-4), key
     record = store.load(two)
     assert record.counts["graph_breaks"] == 0
-    assert record.counts["compiled_graphs"] == 2
+    assert record.counts["compiled_graphs"] == 3  # the first layer, the others, the loss
