@@ -63,7 +63,7 @@ class CompiledLayers:
         return torch.compile(function, backend=BACKEND, dynamic=False)
 
     def counts(self) -> dict[str, int]:
-        """``compiled_layers``, ``compiled_graphs`` (which layers share) with the loss's, and ``graph_breaks`` within."""
+        """``compiled_layers``, ``compiled_graphs`` (shared by layers) with the loss's, and ``graph_breaks`` within."""
         graphs = self._counters["stats"]["unique_graphs"] - self._before["stats"]["unique_graphs"]
         return {
             "compiled_layers": len(self._layers),
