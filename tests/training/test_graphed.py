@@ -220,3 +220,11 @@ def adapted(**options):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
     return get_peft_model(model, config)
+
+
+def test_a_loss_that_no_parameter_reaches_is_not_passed_over():
+    module = modules.CausalLMModule(adapted(), ADAMW)
+    module._loss = lambda batch: torch.zeros(())
+    batch = {key: torch.arange(3, 9)[None] for key in ("input_ids", "labels")}
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        module.training_step(batch, 0).backward()

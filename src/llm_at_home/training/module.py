@@ -100,7 +100,9 @@ class CausalLMModule(LightningModule):
                 loss = self._loss(batch)
         self._loss_sum = self._loss_sum + loss.detach()
         scaled = loss / REFERENCE_TOKENS
-        return scaled if scaled.requires_grad else scaled.detach().requires_grad_()
+        if self._graphed is not None or not self._trainable:
+            return scaled.detach().requires_grad_()  # nothing is left for Lightning's backward pass
+        return scaled
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self._chunked_loss:

@@ -8,7 +8,7 @@ import torch
 
 from llm_at_home.adapters.start import TOLERANCE, probe_logits
 from llm_at_home.errors import Refusal
-from llm_at_home.training.activations import ChunkedLoss, model_inputs
+from llm_at_home.training.activations import ChunkedLoss, logits
 
 PROBE_TOKENS = 16
 
@@ -59,10 +59,10 @@ def _last(model: Any, batch: dict[str, list[list[int]]]) -> torch.Tensor:
     try:
         with torch.no_grad():
             tensors = {key: torch.tensor(values, device=device) for key, values in batch.items()}
-            logits = model(**model_inputs(tensors)).logits
+            found = logits(model, tensors)
     finally:
         model.train(was_training)
-    return logits.flatten(0, 1)[logits.shape[:2].numel() // 2 :].float().cpu()
+    return found.flatten(0, 1)[found.shape[:2].numel() // 2 :].float().cpu()
 
 
 def check_unmasked(model: Any, ids: list[int], dtype: str) -> None:
