@@ -95,6 +95,36 @@ def test_long_prompts_are_read_in_parts(
     assert graph.reply(prompts[2], Sampling(TOKENS)).tokens == expected
 
 
+@pytest.mark.parametrize(("bound", "expected"), [(4096, 1), (100, 2)])
+def test_prompts_read_together_are_read_as_alone(
+    graph: GraphEngine, prompts: list[list[int]], bound: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_at_home.generation.static import slots as module
+
+    monkeypatch.setattr(module, "PROMPT_PART", bound)
+    kept = graph.reply(prompts[1], Sampling(6)).tokens
+    longer = [*prompts[1], *kept, *prompts[3]]
+    asked = [*prompts[:3], longer]
+    sampled = [Sampling(9, 0.9 * (i % 2), seed=i, ignore_eos=i == 3) for i in range(4)]
+    alone = []
+    for prompt, sampling in zip(asked, sampled, strict=True):
+        graph.forget()
+        alone.append(graph.reply(prompt, sampling).tokens)
+    slots = graph._room(4, 200)
+    slots.admit([(2, prompts[1], Sampling(6))])
+    assert [slots.launch().wait()[2] for _ in range(5)] == kept[1:]
+    slots.release(2, kept)
+    passes: list[int] = []
+    read = slots._pass
+    monkeypatch.setattr(slots, "_pass", lambda some: (passes.append(len(some)), read(some))[1])
+    requests = [(i, one) for i, one in enumerate(zip(asked, sampled, strict=True))][::-1]
+    found = dict(graph.stream(requests, 4))
+    assert [found[i].tokens for i in range(4)] == alone
+    assert found[3].reused_tokens == len(prompts[1]) + 5
+    moments = {(reply.first_token_at, reply.time_to_first_token) for reply in found.values()}
+    assert len(passes) == len(moments) == expected
+
+
 def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     free = graph.reply(prompts[1], Sampling(TOKENS)).tokens
     eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [free[5]]
@@ -127,7 +157,7 @@ def test_sampled_answers_depend_on_their_own_seed_alone(graph: GraphEngine, prom
 def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     n, warm = 800, 1.0
     slots = graph._room(1, 64)
-    slots.admit(0, prompts[0], Sampling(2, warm, seed=5))
+    slots.admit([(0, prompts[0], Sampling(2, warm, seed=5))])
     with torch.inference_mode():
         logits = model(torch.tensor([prompts[0]])).logits[:, -1].float()
         counts = torch.zeros(logits.shape[-1])

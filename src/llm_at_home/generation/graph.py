@@ -96,8 +96,7 @@ class GraphEngine(EagerEngine):
         clock.put(torch.tensor([list(prompt)]))
         start = time.perf_counter()
         slots = self._room(1, len(prompt) + sampling.max_new_tokens)
-        tokens = [slots.admit(0, prompt, sampling)]
-        reused = slots.reused
+        tokens = slots.admit([(0, prompt, sampling)])
         clock.put(torch.tensor(tokens))
         ends = set() if sampling.ignore_eos else self.end_ids
         stopped = False
@@ -113,7 +112,7 @@ class GraphEngine(EagerEngine):
             clock.put(torch.tensor(tokens[-1:]))
         clock.end()
         slots.release(0, tokens)
-        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times, reused=reused))
+        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times, reused=slots.reused[0]))
         if stopped:
             reply.finish_reason = "stopped"
         return reply
@@ -139,6 +138,9 @@ class GraphEngine(EagerEngine):
     ) -> Iterable[tuple[Any, Reply]]:
         """Answers as they are finished, with their keys; a finished one's place is filled at once.
 
+        Prompts for which there is a place are read together, and share their time to the first token: from the start of
+        the pass that read them until their first tokens are on the host.
+
         Args:
             requests: key, and prompt with sampling.
             count: of places; by default the engine's batch size.
@@ -156,17 +158,19 @@ class GraphEngine(EagerEngine):
             while waiting or running:
                 free = [slot for slot in range(slots.count) if slot not in running]
                 while free and waiting:
-                    key, (prompt, sampling) = waiting.pop()
-                    slot = slots.closest(prompt, free)
                     start = time.perf_counter()
-                    token = slots.admit(slot, prompt, sampling)
-                    one = _Sequence(prompt, sampling, start, [token], [time.perf_counter()], key, slots.reused)
-                    if one.is_done(ends):
-                        slots.release(slot, one.tokens)
-                        yield key, self._finish(one, then, waiting)
-                    else:
-                        running[slot] = one
-                        free.remove(slot)
+                    chosen = slots.choose((prompt for _, (prompt, _) in reversed(waiting)), free)
+                    taken = [waiting.pop() for _ in chosen]
+                    first = slots.admit([(slot, *asked) for slot, (_, asked) in zip(chosen, taken, strict=True)])
+                    now = time.perf_counter()
+                    for slot, (key, asked), token in zip(chosen, taken, first, strict=True):
+                        running[slot] = _Sequence(*asked, start, [token], [now], key, slots.reused[slot])
+                    for slot in chosen:
+                        if running[slot].is_done(ends):
+                            one = running.pop(slot)
+                            slots.release(slot, one.tokens)
+                            yield one.key, self._finish(one, then, waiting)
+                    free = [slot for slot in free if slot not in running]
                 if not running:
                     continue
                 tokens = slots.launch().wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -133,22 +134,25 @@ class Scheduler:
                     return
                 self._use(request.adapter)
                 slots = self.engine.places(self.context)  # others, for another adapter
-            self._waiting.popleft()
-            slot = slots.closest(request.prompt, free)
-            answer = _Answer(request, self.engine)
-            self._running[slot] = answer
-            answer.take(slots.admit(slot, request.prompt, request.sampling))
-            if not self._end_if_done(slots, slot, answer):
-                free.remove(slot)
+            alike = itertools.takewhile(self._can_start, list(self._waiting))
+            chosen = slots.choose((request.prompt for request in alike), free)
+            started = {slot: _Answer(self._waiting.popleft(), self.engine) for slot in chosen}
+            self._running |= started
+            entries = [(slot, answer.request.prompt, answer.request.sampling) for slot, answer in started.items()]
+            for (slot, answer), token in zip(started.items(), slots.admit(entries), strict=True):
+                answer.take(token)
+                self._end_if_done(slots, slot, answer)
+            free = [slot for slot in free if slot not in self._running]
 
-    def _end_if_done(self, slots: Any, slot: int, answer: _Answer) -> bool:
+    def _can_start(self, request: Request) -> bool:
+        return request.adapter == self._adapter and not request.cancelled.is_set()
+
+    def _end_if_done(self, slots: Any, slot: int, answer: _Answer) -> None:
         reason = answer.ending()
-        if reason is None:
-            return False
-        del self._running[slot]
-        slots.release(slot, answer.tokens)
-        answer.end(reason)
-        return True
+        if reason is not None:
+            del self._running[slot]
+            slots.release(slot, answer.tokens)
+            answer.end(reason)
 
     def _use(self, adapter: str | None) -> None:
         if self.engine.adapters:

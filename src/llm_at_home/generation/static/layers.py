@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,20 @@ UNCAPTURABLE = {"Linear8bitLt": "LLM.int8() looks for outliers on the host at ev
 
 # Not cuDNN's, which plans anew for each length that it has not seen: some 60 ms on an H100.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Segment(NamedTuple):
+    """Tokens of one sequence that are read at once.
+
+    Args:
+        place: of the sequence in the cache.
+        start: how many of its tokens the cache holds already.
+        unread: how many are read.
+    """
+
+    place: int
+    start: int
+    unread: int
 
 
 class Unsupported(Exception):
@@ -111,35 +125,43 @@ class Decoder:
 
         return self.product(self._run(tokens, positions, places, keys, values, attend))[:, 0]
 
-    def prompt(
+    def prompts(
         self,
-        tokens: torch.Tensor,
-        start: int,
-        place: int,
+        tokens: Sequence[int],
+        segments: Sequence[Segment],
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Logits of shape (1, vocabulary) after a prompt, or after the rest of one whose beginning is in the cache.
+        """Logits of shape (segments, vocabulary) after prompts, each whole or the rest of one that the cache begins.
+
+        All are read in one pass: only attention looks at one segment at a time.
 
         Args:
-            tokens: the prompt from ``start`` on, int64 of shape (tokens,).
-            start: how many tokens the cache holds already.
-            place: of the sequence in the cache.
-            keys: as above; written from ``start`` on.
+            tokens: of all segments, one after the other.
+            segments: whose tokens they are.
+            keys: as above; written at the segments' positions.
             values: the same.
         """
-        count = tokens.shape[0]
-        positions = torch.arange(start, start + count, device=tokens.device)
-        places = torch.full_like(positions, place)
-        seen = None
-        if start:
-            seen = torch.arange(start + count, device=tokens.device) <= positions[:, None]
+        counts = torch.tensor([segment.unread for segment in segments])
+        positions = torch.cat([torch.arange(one.start, one.start + one.unread) for one in segments])
+        places = torch.tensor([segment.place for segment in segments]).repeat_interleave(counts)
+        ends = counts.cumsum(0)
+        device = keys[0].device
+        ids, positions, places = to_device(torch.stack([torch.tensor(tokens), positions, places]), device)
+        last = to_device(ends - 1, device)
+        masks = [
+            torch.arange(one.start + one.unread, device=device) <= positions[end - one.unread : end, None]
+            if one.start
+            else None
+            for one, end in zip(segments, ends.tolist(), strict=True)
+        ]
 
         def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
-            part = slice(place, place + 1), slice(None), slice(start + count)
-            with sdpa_kernel(ANY_LENGTH):
-                found = functional.scaled_dot_product_attention(
-                    q.transpose(0, 1)[None],
+            found = []
+            for own, one, seen in zip(q.split([one.unread for one in segments]), segments, masks, strict=True):
+                part = slice(one.place, one.place + 1), slice(None), slice(one.start + one.unread)
+                attended = functional.scaled_dot_product_attention(
+                    own.transpose(0, 1)[None],
                     key_cache[part],
                     value_cache[part],
                     attn_mask=seen,
@@ -147,9 +169,12 @@ class Decoder:
                     scale=self.scale,
                     enable_gqa=q.shape[1] != key_cache.shape[1],
                 )
-            return found[0].transpose(0, 1)
+                found.append(attended[0].transpose(0, 1))
+            return torch.cat(found)
 
-        return self.product(self._run(tokens, positions, places, keys, values, attend)[-1:])[:, 0]
+        with sdpa_kernel(ANY_LENGTH):
+            hidden = self._run(ids, positions, places, keys, values, attend)
+        return self.product(hidden[last])[:, 0]
 
     def _run(
         self,
@@ -176,6 +201,11 @@ class Decoder:
             delta = block.down(ops.silu_multiply(*block.gate_and_up(normed)))
         norm = self.decoder.norm
         return ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)[1]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Block:

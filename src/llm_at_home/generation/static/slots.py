@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llm_at_home.generation.reply import Sampling
-from llm_at_home.generation.static.layers import Decoder
+from llm_at_home.generation.static.layers import Decoder, Segment, to_device
 
-PROMPT_PART = 4096  # tokens of a prompt that are read at once, which bounds the memory of its activations
+PROMPT_PART = 4096  # tokens of prompts that are read at once, which bounds the memory of their activations
 
 
 class Slots:
@@ -39,17 +39,18 @@ class Slots:
         shape = (count, config.num_key_value_heads, capacity, self.decoder.head_dim)
         self.keys = [torch.zeros(shape, dtype=weight.dtype, device=self.device) for _ in self.decoder.blocks]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.end_ids = list(end_ids)
+        self.ends = torch.zeros((config.vocab_size,), dtype=torch.bool, device=self.device)
+        self.ends[list(end_ids)] = True
         self.places = torch.arange(count, device=self.device)
-        self.reused = 0  # tokens of the last prompt that were not read again
+        self.reused = [0] * count  # tokens of each place's prompt that were not read again
         self._read: list[list[int]] = [[] for _ in range(count)]  # whose keys and values each place holds
 
-        def state(size: Any, dtype: torch.dtype, value: float = 0) -> torch.Tensor:
-            return torch.full(size, value, dtype=dtype, device=self.device)
+        def state(size: Any, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
 
         self.tokens, self.positions, self.active = (state((count,), torch.int64) for _ in range(3))
         self.temperatures = state((count, 1), torch.float32)
-        self.forbidden = state((count, config.vocab_size), torch.float32)
+        self.endless = state((count, 1), torch.bool)
         self.noise: torch.Tensor | None = None  # only sampled answers need it
         self.generators: dict[int, torch.Generator] = {}
         self.not_captured: str | None = None  # why there is no graph after all
@@ -59,44 +60,83 @@ class Slots:
         self._arrived = [torch.empty((count,), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
 
-    @torch.inference_mode()
-    def admit(self, slot: int, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Read a prompt into a place and return its first new token.
+    def choose(self, prompts: Iterable[Sequence[int]], free: Iterable[int]) -> list[int]:
+        """Places for the first of the prompts, as many as one pass reads: PROMPT_PART tokens, or a longer one alone.
 
-        What the place has read of it already, in an earlier turn, is not read again.
+        Each gets the place that has read most of it already; else the one that has least to lose.
 
         Args:
-            slot: the place, whose earlier sequence is forgotten.
-            prompt: token ids.
-            sampling: how this sequence's tokens are chosen; its seed is its own, whatever is decoded beside it.
+            prompts: token ids, in the order in which they are to be read.
+            free: places without a sequence.
+        """
+        left, unread = list(free), 0
+        chosen: list[int] = []
+        for prompt in prompts:
+            if not left:
+                break
+            shared = {slot: _shared_length(self._read[slot], prompt) for slot in left}
+            best = max(left, key=lambda slot: (shared[slot], -len(self._read[slot])))
+            unread += len(prompt) - shared[best]
+            if chosen and unread > PROMPT_PART:
+                break
+            chosen.append(best)
+            left.remove(best)
+        return chosen
+
+    @torch.inference_mode()
+    def admit(self, entries: Sequence[tuple[int, Sequence[int], Sampling]]) -> list[int]:
+        """Read prompts into places in one pass and return the first new token of each.
+
+        What a place has read of its prompt already, in an earlier turn, is not read again. A prompt alone that is
+        longer than PROMPT_PART is read in parts of that many tokens.
+
+        Args:
+            entries: place, whose earlier sequence is forgotten; token ids; and how this sequence's tokens are chosen:
+                its seed is its own, whatever is read or decoded beside it.
 
         Raises:
-            ValueError: when prompt and answer are longer than the place.
+            ValueError: when a prompt and its answer are longer than a place.
         """
-        if len(prompt) + sampling.max_new_tokens >= self.capacity:
-            raise ValueError(f"{len(prompt)} + {sampling.max_new_tokens} tokens do not fit into {self.capacity}")
-        known = self.reused = _shared_length(self._read[slot], prompt)
-        self._read[slot] = self._read[slot][:known]
-        ids = torch.tensor(list(prompt[known:]), device=self.device)
-        for start in range(0, len(ids), PROMPT_PART):
-            some = ids[start : start + PROMPT_PART]
-            logits = self.decoder.prompt(some, known + start, slot, self.keys, self.values)
-        self._read[slot] = list(prompt)
-        self.positions[slot] = len(prompt)
-        self.active[slot] = 1
-        self.temperatures[slot] = sampling.temperature
-        self.forbidden[slot] = 0
-        if sampling.ignore_eos and self.end_ids:
-            self.forbidden[slot, self.end_ids] = float("-inf")
-        self.generators.pop(slot, None)
-        if sampling.temperature > 0:
-            self.generators[slot] = torch.Generator(self.device).manual_seed(sampling.seed)
-            if self.noise is None:
-                self.noise = torch.full_like(self.forbidden, 0.5)
-        self._draw([slot])
-        part = slice(slot, slot + 1)
-        self.tokens[part] = self._choose(logits.float(), part, sampling.temperature > 0)
-        return int(self.tokens[slot])
+        for _, prompt, sampling in entries:
+            if len(prompt) + sampling.max_new_tokens >= self.capacity:
+                raise ValueError(f"{len(prompt)} + {sampling.max_new_tokens} tokens do not fit into {self.capacity}")
+        for slot, prompt, _ in entries:
+            self.reused[slot] = known = _shared_length(self._read[slot], prompt)
+            self._read[slot] = list(prompt[:known])
+        for slot, prompt, _ in entries:
+            while len(prompt) - len(self._read[slot]) > PROMPT_PART:
+                known = len(self._read[slot])
+                self._pass([(slot, prompt[: known + PROMPT_PART])])
+        logits = self._pass([(slot, prompt) for slot, prompt, _ in entries])
+        settings = [[slot, len(prompt), sampling.ignore_eos] for slot, prompt, sampling in entries]
+        at, lengths, endless = to_device(torch.tensor(settings).T, self.device)
+        temperatures = [[sampling.temperature] for _, _, sampling in entries]
+        self.positions[at] = lengths
+        self.active[at] = 1
+        self.temperatures[at] = to_device(torch.tensor(temperatures), self.device)
+        self.endless[at] = endless[:, None].bool()
+        for slot, _, sampling in entries:
+            self.generators.pop(slot, None)
+            if sampling.temperature > 0:
+                self.generators[slot] = torch.Generator(self.device).manual_seed(sampling.seed)
+        slots = [slot for slot, _, _ in entries]
+        sampled = any(slot in self.generators for slot in slots)
+        if sampled and self.noise is None:
+            shape = (self.count, logits.shape[-1])
+            self.noise = torch.full(shape, 0.5, dtype=torch.float32, device=self.device)
+        self._draw(slots)
+        self.tokens[at] = chosen = self._choose(logits.float(), at, sampled)
+        return chosen.tolist()
+
+    def _pass(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
+        """Read what each place has not read of its prompt; logits of shape (prompts, vocabulary)."""
+        starts = [len(self._read[slot]) for slot, _ in prompts]
+        segments = [Segment(slot, n, len(prompt) - n) for n, (slot, prompt) in zip(starts, prompts, strict=True)]
+        tokens = [token for n, (_, prompt) in zip(starts, prompts, strict=True) for token in prompt[n:]]
+        logits = self.decoder.prompts(tokens, segments, self.keys, self.values)
+        for slot, prompt in prompts:
+            self._read[slot] = list(prompt)
+        return logits
 
     def release(self, slot: int, answer: Sequence[int] = ()) -> None:
         """Empty a place; what it has read is kept for a prompt that begins in the same way.
@@ -109,10 +149,6 @@ class Slots:
         self.active[slot] = 0  # its position stays behind what is kept, since every step writes there
         self.temperatures[slot] = 0
         self.generators.pop(slot, None)
-
-    def closest(self, prompt: Sequence[int], free: Sequence[int]) -> int:
-        """Which of the free places has read most of a prompt already; else the one that has least to lose."""
-        return max(free, key=lambda slot: (_shared_length(self._read[slot], prompt), -len(self._read[slot])))
 
     def forget(self) -> None:
         """Read every prompt anew from now on."""
@@ -143,9 +179,9 @@ class Slots:
         self.tokens.copy_(self._choose(logits, slice(None), sampled))
         self.positions.add_(self.active)
 
-    def _choose(self, logits: torch.Tensor, part: slice, sampled: bool) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, part: slice | torch.Tensor, sampled: bool) -> torch.Tensor:
         """The likeliest tokens, or by temperature: the largest of logits with Gumbel noise is a sample."""
-        scores = logits + self.forbidden[part]
+        scores = logits.masked_fill(self.ends & self.endless[part], float("-inf"))
         if sampled and self.noise is not None:
             warm = self.temperatures[part]
             drawn = scores / warm.clamp(min=1e-6) - (-self.noise[part].log()).log()
