@@ -11,9 +11,9 @@ Random weights do not stop by themselves: every answer has ``--tokens`` tokens, 
 those of ``--lengths FILE`` (a JSON list of [first, second] for each question; benchmarks/mt_bench_lengths.json has
 those of ``infer.py questions=mt_bench quant=gguf quant.type=Q8_0``, two fifths of them cut off at 1,024). Prompts are
 as long as the real questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a
-second turn's holds the first answer. Ours is all of them, a place being filled as soon as it is free; the reference
-answers a sample one at a time, with generate's defaults, warm, and is scaled to all tokens, as its row says. A method
-is a process of its own.
+second turn's holds the first answer. Ours is all of them, a place being filled as soon as it is free and the cache, as
+large as the card allows, has pages for it; the reference answers a sample one at a time, with generate's defaults,
+warm, and is scaled to all tokens, as its row says. A method is a process of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import rows as common
 PROMPTS = Path(__file__).with_name("mt_bench_prompts.json")
 LENGTHS = Path(__file__).with_name("mt_bench_lengths.json")
 GOALS = {"seconds": 100.0, "joules": 30.0}
-SPARE_BYTES = 5e9  # beside the weights and the cache: the prompts' activations, the graph, the allocator's slack
+PLACES = 80
 
 
 def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
 
     firsts, added = [ids(first) for first, _ in own], [ids(second) for _, second in own]
     longest = max(a + b + sum(new) for (a, b), new in zip(own, lengths, strict=True))
-    places = args.places or _places(model, longest, len(own))
+    places = min(len(own), args.places)
     engine = GraphEngine(model, None, args.tokens, batch_size=places)
 
     def then(key: Any, reply: Any) -> Any:
@@ -75,6 +75,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         "protocol": {key: getattr(args, key) for key in ("model", "questions", "tokens", "sample")},
         "provenance": collect(),
         "places": places,
+        "pages": engine.places(longest).pages.count,
         "warmup_seconds": time.perf_counter() - start,
         "kernel": engine.describe(),
     }
@@ -97,20 +98,6 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     _, result["reference"] = _timed(device, one_at_a_time, lambda made: made)
     print(f"{method} reference: {result['reference']}", flush=True)
     return result
-
-
-def _places(model: Any, longest: int, most: int) -> int:
-    """How many sequences' caches fit beside the model."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return min(8, most)
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    one = 2 * config.num_hidden_layers * config.num_key_value_heads * size * (longest + 256) * model.dtype.itemsize
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, min(most, int((free - SPARE_BYTES) // one)))
 
 
 def _timed(device: str, make: Any, replies: Any) -> tuple[Any, dict[str, Any]]:
@@ -238,7 +225,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=1024, help="new tokens of a turn (default: %(default)s)")
     parser.add_argument("--lengths", type=Path, help="new tokens of each turn instead")
-    parser.add_argument("--places", type=int, help="sequences at once (default: as many as fit)")
+    parser.add_argument("--places", type=int, default=PLACES, help="sequences at once, at most (default: %(default)s)")
     parser.add_argument("--sample", type=int, default=128, help="new tokens of each of the reference's three answers")
     return common.run_methods(parser, ["none", "gptq"], measure, table, rows)
 

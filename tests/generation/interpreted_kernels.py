@@ -22,24 +22,30 @@ def test_add_rms_norm(has_delta: bool) -> None:
     torch.testing.assert_close(normed.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 24)])
-def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int) -> None:
-    capacity, sequences = 200, 3
-    positions, places = torch.tensor([0, 63, 199]), torch.tensor([0, 1, 2])
+@pytest.mark.parametrize(("query_heads", "key_heads", "size", "page"), [(4, 4, 16, 64), (6, 2, 24, 128)])
+def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int, page: int) -> None:
+    capacity, sequences = 256, 4
+    positions, places = torch.tensor([0, 63, 199, 255]), torch.arange(4)
+    # Of pages of 64 and 128 tokens, out of order, with scrap where a sequence does not reach.
+    rows = [[5, 0, 0, 0], [9, 0, 0, 0], [3, 1, 8, 2], [7, 4, 6, 10]] if page == 64 else [[5, 0], [1, 0], [4, 2], [3, 6]]
+    pages = torch.tensor(rows)
     projected = drawn(sequences, (query_heads + 2 * key_heads) * size)
     heads = projected.view(sequences, -1, size)  # parts of longer rows, as a joined projection gives them
     q, k, v = heads.split([query_heads, key_heads, key_heads], dim=1)
     angles = torch.arange(capacity)[:, None] * 0.1 ** torch.linspace(0, 1, size // 2)
     tables = tuple(f(torch.cat([angles, angles], -1)) for f in (torch.cos, torch.sin))
-    keys, values = drawn(sequences, key_heads, capacity, size), drawn(sequences, key_heads, capacity, size) + 1
+    keys, values = drawn(11, key_heads, page, size), drawn(11, key_heads, page, size) + 1
     wide = [t.double() for t in (keys, values)]
-    found = kernels.rotate_and_store(q, k, v, tables, positions, places, keys, values)
+    found = kernels.rotate_and_store(q, k, v, tables, positions, places, pages, keys, values)
     expected = reference.rotate_and_store(
-        q.double(), k.double(), v.double(), tuple(t.double() for t in tables), positions, places, *wide
+        q.double(), k.double(), v.double(), tuple(t.double() for t in tables), positions, places, pages, *wide
     )
     for ours, theirs in ((found, expected), (keys, wide[0]), (values, wide[1])):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
-    attended = kernels.attend(found, keys, values, positions, size**-0.5)
+    attended = kernels.attend(found, keys, values, pages, positions, size**-0.5)
+    twin = reference.attend(expected, *wide, pages, positions, size**-0.5)
+    torch.testing.assert_close(attended.double(), twin, atol=1e-5, rtol=0)
+    wide = [cache[pages].transpose(1, 2).flatten(2, 3) for cache in wide]
     for i, at in enumerate(positions.tolist()):
         for head in range(query_heads):
             source = head // (query_heads // key_heads)
@@ -49,21 +55,23 @@ def test_rotate_and_store_and_attend(query_heads: int, key_heads: int, size: int
 
 
 def test_tokens_of_one_sequence_go_to_its_place() -> None:
-    keys, values = torch.zeros(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)
-    tables = (torch.ones(8, 4), torch.zeros(8, 4))
+    keys, values = torch.zeros(4, 1, 8, 4), torch.zeros(4, 1, 8, 4)
+    tables = (torch.ones(16, 4), torch.zeros(16, 4))
+    pages = torch.tensor([[0, 0], [3, 1]])
     k, v = drawn(3, 1, 4), drawn(3, 1, 4)
-    kernels.rotate_and_store(k, k, v, tables, torch.tensor([4, 5, 6]), torch.tensor([1, 1, 1]), keys, values)
-    assert torch.equal(keys[1, 0, 4:7], k[:, 0])
-    assert torch.equal(values[1, 0, 4:7], v[:, 0])
-    assert not keys[0].any()
+    kernels.rotate_and_store(k, k, v, tables, torch.tensor([6, 7, 8]), torch.tensor([1, 1, 1]), pages, keys, values)
+    for cache, stored in ((keys, k), (values, v)):
+        assert torch.equal(cache[3, 0, 6:], stored[:2, 0])
+        assert torch.equal(cache[1, 0, :1], stored[2:, 0])
+        assert not cache[[0, 2]].any()
 
 
 def test_attention_is_the_same_in_parts_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, keys, values = drawn(1, 2, 16), drawn(1, 2, 512, 16), drawn(1, 2, 512, 16)
-    positions = torch.tensor([130])
-    parts = kernels.attend(q, keys, values, positions, 0.25)
+    q, keys, values = drawn(1, 2, 16), drawn(4, 2, 128, 16), drawn(4, 2, 128, 16) + 1
+    positions, pages = torch.tensor([330]), torch.tensor([[2, 0, 3, 1]])
+    parts = kernels.attend(q, keys, values, pages, positions, 0.25)
     monkeypatch.setattr(kernels, "PARTS_IN_FLIGHT", 1)
-    torch.testing.assert_close(parts, kernels.attend(q, keys, values, positions, 0.25), atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts, kernels.attend(q, keys, values, pages, positions, 0.25), atol=1e-6, rtol=0)
 
 
 def test_silu_multiply() -> None:

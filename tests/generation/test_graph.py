@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from llm_at_home.generation.eager import EagerEngine
-from llm_at_home.generation.graph import BUCKET, GraphEngine
+from llm_at_home.generation.graph import GraphEngine
 from llm_at_home.generation.reply import Sampling
+from llm_at_home.generation.static import pages, slots
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
-from llm_at_home.generation.static.slots import Slots
+from llm_at_home.generation.static.pages import PAGE, Pages
+from llm_at_home.generation.static.slots import Asked, Slots
 from llm_at_home.models.chat import prompt_ids
 
 TOKENS = 24
@@ -19,6 +21,13 @@ TOKENS = 24
 @pytest.fixture
 def graph(model: Any, tokenizer: Any) -> GraphEngine:
     return GraphEngine(model, tokenizer, TOKENS)
+
+
+@pytest.fixture
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 8 tokens, of which the tests' short sequences have many."""
+    for module in (pages, slots):
+        monkeypatch.setattr(module, "PAGE", 8)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +97,123 @@ def test_a_conversation_goes_on_where_it_stopped(
 def test_long_prompts_are_read_in_parts(
     graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_at_home.generation.static import slots
-
     monkeypatch.setattr(slots, "PROMPT_PART", 7)
     (expected,) = eager_tokens(model, tokenizer, [prompts[2]])
     assert graph.reply(prompts[2], Sampling(TOKENS)).tokens == expected
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(4096, 1), (100, 2)])
+def test_prompts_read_together_are_read_as_alone(
+    graph: GraphEngine, prompts: list[list[int]], bound: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "PROMPT_PART", bound)
+    kept = graph.reply(prompts[1], Sampling(6)).tokens
+    longer = [*prompts[1], *kept, *prompts[3]]
+    asked = [*prompts[:3], longer]
+    sampled = [Sampling(9, 0.9 * (i % 2), seed=i, ignore_eos=i == 3) for i in range(4)]
+    alone = []
+    for prompt, sampling in zip(asked, sampled, strict=True):
+        graph.forget()
+        alone.append(graph.reply(prompt, sampling).tokens)
+    room = graph._room(4, 200)
+    first = Asked(prompts[1], Sampling(6))
+    first.tokens += room.admit({2: first})
+    first.tokens += [room.launch().wait()[2] for _ in range(5)]
+    assert first.tokens == kept
+    room.release(2)
+    passes: list[int] = []
+    read = room._pass
+    monkeypatch.setattr(room, "_pass", lambda some: (passes.append(len(some)), read(some))[1])
+    requests = [(i, one) for i, one in enumerate(zip(asked, sampled, strict=True))][::-1]
+    found = dict(graph.stream(requests, 4))
+    assert [found[i].tokens for i in range(4)] == alone
+    assert found[3].reused_tokens == len(prompts[1]) + 5
+    moments = {(reply.first_token_at, reply.time_to_first_token) for reply in found.values()}
+    assert len(passes) == len(moments) == expected
+
+
+def accounted(room: Slots) -> list[int]:
+    """All pages that are lent or free, in order."""
+    return sorted([*room.pages._free, *(page for held in room.pages.held for page in held)])
+
+
+@pytest.mark.usefixtures("short_pages")
+@pytest.mark.parametrize("spare", [0, 3, 10, None])
+def test_with_few_pages_answers_are_set_back_and_stay_the_same(
+    graph: GraphEngine, model: Any, prompts: list[list[int]], spare: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [(prompt, Sampling(TOKENS, 0.9 * (i % 2), seed=i)) for i, prompt in enumerate([*prompts, *prompts[::-1]])]
+
+    def then(key: int, reply: Any) -> Any:
+        return None if key >= 8 else (key + 8, ([*asked[key][0], *reply.tokens, *prompts[3]], asked[7 - key][1]))
+
+    alone = []
+    for key in range(16):
+        if key >= 8:
+            asked.append(then(key - 8, alone[key - 8])[1])
+        graph.forget()
+        alone.append(graph.reply(*asked[key]))
+    longest = max(len(prompt) + TOKENS for prompt, _ in asked)
+    needed = pages.pages_of(longest + 1) + 1
+    engine = GraphEngine(model, graph.tokenizer, TOKENS, batch_size=4, pages=None if spare is None else needed + spare)
+    room = engine.places(longest)
+    assert room.pages.count == (4 * (needed - 1) + 1 if spare is None else needed + spare)
+    set_back, launch = [], room.launch
+
+    def counted() -> Any:
+        oldest = next(iter(room.running))
+        arrival = launch()
+        assert oldest not in arrival.set_back
+        set_back.extend(arrival.set_back)
+        return arrival
+
+    monkeypatch.setattr(room, "launch", counted)
+    for _ in range(2):
+        found = dict(engine.stream(enumerate(asked[:8]), longest=longest, then=then))
+        assert [found[key].tokens for key in range(16)] == [reply.tokens for reply in alone]
+        assert all(len(reply.intervals) == len(reply.tokens) - 1 for reply in found.values())
+        assert not room.running
+        assert accounted(room) == list(range(1, room.pages.count))
+    assert (spare is None) == (not set_back)
+    if spare is None:
+        assert all(found[key].reused_tokens >= len(alone[key - 8].tokens) for key in range(8, 16))
+    engine.forget()
+    assert len(room.pages._free) == room.pages.count - 1
+
+
+@pytest.mark.usefixtures("short_pages")
+def test_a_stream_that_is_left_gives_its_pages_back(model: Any, prompts: list[list[int]]) -> None:
+    engine = GraphEngine(model, None, TOKENS, batch_size=2, pages=30)
+    going = engine.stream([(i, (prompt, Sampling(2 + 20 * (i % 2)))) for i, prompt in enumerate(prompts)])
+    next(iter(going))
+    going.close()
+    room = engine._slots
+    assert room is not None
+    assert not room.running
+    assert room.pages.available == room.pages.count - 1
+    expected = EagerEngine(model, None, TOKENS).reply(prompts[1], Sampling(TOKENS)).tokens
+    assert engine.reply_batch(prompts[:2], Sampling(TOKENS))[1].tokens == expected
+
+
+def test_pages_kept_for_longest_are_given_up_first() -> None:
+    pool = Pages(7, 4)
+    for place, count in enumerate([2, 1, 2]):
+        pool.use(place, 0)
+        assert pool.grow(place, count) == []
+    assert pool.available == 1
+    assert not any(pages.SCRAP in held for held in pool.held)
+    for place in (1, 0):
+        pool.keep(place)
+    assert pool.available == 4
+    kept = pool.held[0][:1]
+    assert pool.grow(3, 2) == [1]
+    pool.use(0, 1)
+    assert pool.held[0] == kept
+    assert pool.grow(0, 2) == []
+    assert pool.available == 0
+    with pytest.raises(IndexError):
+        pool.grow(2, 3)
+    assert Pages(2, 1).available == 2
 
 
 def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
@@ -127,7 +248,7 @@ def test_sampled_answers_depend_on_their_own_seed_alone(graph: GraphEngine, prom
 def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     n, warm = 800, 1.0
     slots = graph._room(1, 64)
-    slots.admit(0, prompts[0], Sampling(2, warm, seed=5))
+    slots.admit({0: Asked(prompts[0], Sampling(2, warm, seed=5))})
     with torch.inference_mode():
         logits = model(torch.tensor([prompts[0]])).logits[:, -1].float()
         counts = torch.zeros(logits.shape[-1])
@@ -141,16 +262,16 @@ def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: lis
     assert ((counts[top] / n - expected[top]).abs() < 4.5 * error).all()
 
 
-def test_the_cache_grows_by_buckets_and_stays(graph: GraphEngine, prompts: list[list[int]]) -> None:
+def test_the_cache_grows_by_pages_and_stays(graph: GraphEngine, prompts: list[list[int]]) -> None:
     graph.reply(prompts[0], Sampling(TOKENS))
     first = graph._slots
     assert first is not None
-    assert first.capacity == BUCKET
+    assert first.capacity == PAGE
     graph.reply(prompts[1], Sampling(TOKENS))
     assert graph._slots is first
-    graph.reply(prompts[2], Sampling(BUCKET))
+    graph.reply(prompts[2], Sampling(PAGE))
     assert graph._slots is not None
-    assert graph._slots.capacity == 2 * BUCKET
+    assert graph._slots.capacity == 2 * PAGE
 
 
 def test_an_answer_can_be_stopped_and_streams(graph: GraphEngine, prompts: list[list[int]]) -> None:

@@ -19,6 +19,7 @@ from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.serving.api import Service, application
 from llm_at_home.generation.serving.scheduler import Scheduler
 from llm_at_home.generation.serving.text import Detokenizer, Stops
+from llm_at_home.generation.static import pages, slots
 from llm_at_home.models.chat import prompt_ids
 
 TOKENS, CONTEXT = 20, 200
@@ -85,13 +86,24 @@ def test_the_openai_client_gets_the_engine_s_answer_whole_and_in_pieces(engine: 
         assert pieces[-1].usage.completion_tokens == TOKENS
 
 
-def test_many_ask_at_once_and_each_gets_its_own_answer(model: Any, tokenizer: Any) -> None:
-    engine = GraphEngine(model, tokenizer, TOKENS, batch_size=3)
+@pytest.mark.parametrize("few", [False, True])
+def test_many_ask_at_once_and_each_gets_its_own_answer(
+    model: Any, tokenizer: Any, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if few:
+        for module in (pages, slots):
+            monkeypatch.setattr(module, "PAGE", 8)
+    engine = GraphEngine(model, tokenizer, TOKENS, batch_size=3, pages=1 if few else None)
+    set_back: list[int] = []
+    make_room = slots.Slots._make_room
+    monkeypatch.setattr(slots.Slots, "_make_room", lambda self: set_back.extend(found := make_room(self)) or found)
     conversations = [[{"role": "user", "content": f"Count from {i} to {i * i}."}] for i in range(8)]
     alone = EagerEngine(model, tokenizer, TOKENS)
     expected = [alone.reply(prompt_ids(tokenizer, one), Sampling(TOKENS)).text for one in conversations]
     assert len(set(expected)) > 4
-    with served(engine) as address, ThreadPoolExecutor(8) as pool:
+    longest = max(len(prompt_ids(tokenizer, one)) for one in conversations) + TOKENS
+    context = 2 * longest if few else CONTEXT  # the fewest pages are those of one conversation of this length
+    with served(engine, context=context) as address, ThreadPoolExecutor(8) as pool:
 
         def ask(messages: Any) -> str:
             answer = client(address).chat.completions.create(model="tiny", messages=messages, temperature=0)
@@ -99,6 +111,7 @@ def test_many_ask_at_once_and_each_gets_its_own_answer(model: Any, tokenizer: An
 
         assert list(pool.map(ask, conversations)) == expected
         assert health(address) == {"status": "ok", "running": 0, "waiting": 0}
+    assert bool(set_back) == few
 
 
 def test_who_leaves_is_not_answered_any_more(engine: Any) -> None:

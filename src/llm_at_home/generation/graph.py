@@ -14,9 +14,7 @@ import torch
 from llm_at_home.generation.eager import EagerEngine, TokenClock
 from llm_at_home.generation.reply import Reply, Sampling
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
-from llm_at_home.generation.static.slots import Slots
-
-BUCKET = 256  # the cache grows by so many tokens
+from llm_at_home.generation.static.slots import Asked, Slots
 
 
 class GraphEngine(EagerEngine):
@@ -32,6 +30,8 @@ class GraphEngine(EagerEngine):
         batch_size: conversations that are decoded together; a finished one's place is filled at once.
         warmup_tokens: decoded before anything is measured.
         kernels: ``triton``, ``torch``, or ``auto``: Triton's on a card that it supports.
+        pages: of the cache, of 256 tokens; by default enough for all places at full length. On a GPU no more than fit:
+            places share them, and where none is left an answer waits, to go on later from where it was.
     """
 
     def __init__(
@@ -43,9 +43,11 @@ class GraphEngine(EagerEngine):
         batch_size: int = 1,
         warmup_tokens: int = 16,
         kernels: str = "auto",
+        pages: int | None = None,
     ) -> None:
         super().__init__(model, tokenizer, max_new_tokens, temperature, batch_size, warmup_tokens)
         self.operations, self.kernels = _operations(kernels, model.device)
+        self.pages = pages
         self.capture = model.device.type == "cuda"
         self._slots: Slots | None = None
         self.eager_because = self._obstacle()
@@ -96,8 +98,9 @@ class GraphEngine(EagerEngine):
         clock.put(torch.tensor([list(prompt)]))
         start = time.perf_counter()
         slots = self._room(1, len(prompt) + sampling.max_new_tokens)
-        tokens = [slots.admit(0, prompt, sampling)]
-        reused = slots.reused
+        one = _Sequence(prompt, sampling, start=start, times=clock.times)
+        tokens = one.tokens
+        tokens += slots.admit({0: one})
         clock.put(torch.tensor(tokens))
         ends = set() if sampling.ignore_eos else self.end_ids
         stopped = False
@@ -112,8 +115,8 @@ class GraphEngine(EagerEngine):
             tokens += arriving.wait()
             clock.put(torch.tensor(tokens[-1:]))
         clock.end()
-        slots.release(0, tokens)
-        reply = self._reply(_Sequence(prompt, sampling, start, tokens, clock.times, reused=reused))
+        slots.release(0)
+        reply = self._reply(one)
         if stopped:
             reply.finish_reason = "stopped"
         return reply
@@ -139,16 +142,19 @@ class GraphEngine(EagerEngine):
     ) -> Iterable[tuple[Any, Reply]]:
         """Answers as they are finished, with their keys; a finished one's place is filled at once.
 
+        Prompts for which there is a place are read together, and share their time to the first token: from the start of
+        the pass that read them until their first tokens are on the host.
+
         Args:
             requests: key, and prompt with sampling.
             count: of places; by default the engine's batch size.
             longest: tokens of the longest prompt with its answer, follow-ups included; by default that of ``requests``.
             then: called with each finished answer; may give a request that follows it.
         """
-        waiting = list(requests)[::-1]
+        waiting = [_Sequence(prompt, sampling, key=key) for key, (prompt, sampling) in requests][::-1]
         if not waiting:
             return
-        needed = longest or max(len(prompt) + sampling.max_new_tokens for _, (prompt, sampling) in waiting)
+        needed = longest or max(len(one.prompt) + one.sampling.max_new_tokens for one in waiting)
         slots = self._room(min(count or self.batch_size, len(waiting)), needed)
         running: dict[int, _Sequence] = {}
         ends = self.end_ids
@@ -156,41 +162,48 @@ class GraphEngine(EagerEngine):
             while waiting or running:
                 free = [slot for slot in range(slots.count) if slot not in running]
                 while free and waiting:
-                    key, (prompt, sampling) = waiting.pop()
-                    slot = slots.closest(prompt, free)
                     start = time.perf_counter()
-                    token = slots.admit(slot, prompt, sampling)
-                    one = _Sequence(prompt, sampling, start, [token], [time.perf_counter()], key, slots.reused)
-                    if one.is_done(ends):
-                        slots.release(slot, one.tokens)
-                        yield key, self._finish(one, then, waiting)
-                    else:
-                        running[slot] = one
-                        free.remove(slot)
+                    chosen = {slot: waiting.pop() for slot in slots.choose(reversed(waiting), free)}
+                    if not chosen:
+                        break  # until others leave their pages
+                    first = slots.admit(chosen)
+                    now = time.perf_counter()
+                    running |= chosen
+                    for one, token in zip(chosen.values(), first, strict=True):
+                        one.start = one.start if one.times else start
+                        one.add(token, now)
+                    for slot, one in chosen.items():
+                        if one.is_done(ends):
+                            del running[slot]
+                            slots.release(slot)
+                            yield one.key, self._finish(one, then, waiting)
+                    free = [slot for slot in free if slot not in running]
                 if not running:
                     continue
-                tokens = slots.launch().wait()
+                arrival = slots.launch()
+                waiting += [running.pop(slot) for slot in arrival.set_back]
+                tokens = arrival.wait()
                 now = time.perf_counter()
                 for slot, one in list(running.items()):
-                    one.tokens.append(tokens[slot])
-                    one.times.append(now)
+                    one.add(tokens[slot], now)
                     if one.is_done(ends):
                         del running[slot]
-                        slots.release(slot, one.tokens)
+                        slots.release(slot)
                         yield one.key, self._finish(one, then, waiting)
         finally:
-            for slot, one in running.items():
-                slots.release(slot, one.tokens)
+            for slot in list(slots.running):
+                slots.release(slot)
 
     def places(self, tokens: int) -> Slots:
         """The engine's places, each for a prompt and answer of so many tokens; those there are kept if they do."""
         return self._room(self.batch_size, tokens)
 
-    def _finish(self, one: _Sequence, then: Any, waiting: list[Any]) -> Reply:
+    def _finish(self, one: _Sequence, then: Any, waiting: list[_Sequence]) -> Reply:
         reply = self._reply(one)
         following = then(one.key, reply) if then else None
         if following is not None:
-            waiting.append(following)
+            key, (prompt, sampling) = following
+            waiting.append(_Sequence(prompt, sampling, key=key))
         return reply
 
     def _reply(self, one: _Sequence) -> Reply:
@@ -205,23 +218,24 @@ class GraphEngine(EagerEngine):
         slots = self._slots
         if slots is not None and slots.count == count and slots.capacity > tokens:
             return slots
-        capacity = -(-(tokens + 1) // BUCKET) * BUCKET
         self._slots = slots = None  # both names: the memory is free before the new ones take theirs
-        self._slots = Slots(self.model, count, capacity, self.operations, self.capture, sorted(self.end_ids))
+        ends = sorted(self.end_ids)
+        self._slots = Slots(self.model, count, tokens, self.operations, self.capture, ends, self.pages)
         return self._slots
 
 
-@dataclass
-class _Sequence:
-    """An answer in the making."""
+@dataclass(eq=False)
+class _Sequence(Asked):
+    """An answer in the making, with when it was begun and when its tokens came."""
 
-    prompt: Sequence[int]
-    sampling: Sampling
-    start: float
-    tokens: list[int]
-    times: list[float] = field(default_factory=list)
     key: Any = None
-    reused: int = 0
+    start: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+    def add(self, token: int, now: float) -> None:
+        """The next token is there."""
+        self.tokens.append(token)
+        self.times.append(now)
 
     def is_done(self, ends: set[int]) -> bool:
         """Whether the last token was the last one."""

@@ -18,7 +18,7 @@ def speed_readings(passes: Sequence[Sequence[Sequence[Reply]]]) -> dict[str, Rea
     to the first token and the inter-token latency are those that each answer's reader sees. The method names the batch.
 
     In a stream the rate is over the time from the first token of all to the last, prompts read in between included, and
-    the time to the first token is from the moment that there was a place.
+    the time to the first token is from the start of the pass that read the prompt, with those read beside it.
 
     Args:
         passes: over the same questions; each a list of batches, a batch a list of replies.
@@ -56,9 +56,12 @@ def _method(batches: Sequence[Sequence[Reply]]) -> str:
 
 
 def _prefill_rate(batches: Sequence[Sequence[Reply]]) -> float:
-    # A batch's prompts are read at once, a stream's one after the other.
-    waits = [list(batch) if isinstance(batch, Stream) else batch[:1] for batch in batches]
-    seconds = sum(reply.time_to_first_token or 0.0 for batch in waits for reply in batch)
+    # A batch's prompts are read at once, a stream's in passes: those of one have their first tokens at the same time.
+    passes = [
+        {one.first_token_at: one for one in batch}.values() if isinstance(batch, Stream) else batch[:1]
+        for batch in batches
+    ]
+    seconds = sum(reply.time_to_first_token or 0.0 for one in passes for reply in one)
     return sum(reply.prompt_tokens - reply.reused_tokens for batch in batches for reply in batch) / seconds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.serving.text import Detokenizer, Stops
+from llm_at_home.generation.static.slots import Asked
 
 
 class Busy(Exception):
@@ -54,7 +56,7 @@ class Scheduler:
     def __init__(self, engine: Any, context: int, queue: int) -> None:
         self.engine, self.context, self.queue = engine, context, queue
         self.has_places = hasattr(engine, "places") and not engine.eager_because
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[_Answer] = deque()
         self._running: dict[int, _Answer] = {}
         self._adapter: Any = _UNKNOWN
         self._closing = False
@@ -68,8 +70,8 @@ class Scheduler:
     def __exit__(self, *exception: object) -> None:
         with self._changed:
             self._closing = True
-            for request in [*self._waiting, *(answer.request for answer in self._running.values())]:
-                request.cancelled.set()
+            for answer in [*self._waiting, *self._running.values()]:
+                answer.request.cancelled.set()
             self._changed.notify()
         self._thread.join()
 
@@ -87,7 +89,7 @@ class Scheduler:
         with self._changed:
             if len(self._waiting) >= self.queue:
                 raise Busy
-            self._waiting.append(request)
+            self._waiting.append(_Answer(request, self.engine))
             self._changed.notify()
 
     def _run(self) -> None:
@@ -108,13 +110,16 @@ class Scheduler:
 
     def _step(self) -> None:
         if not self.has_places:
-            self._answer_alone(self._waiting.popleft())
+            self._answer_alone(self._waiting.popleft().request)
             return
         self._admit()
         if not self._running:
             return
         slots = self.engine.places(self.context)
-        tokens = slots.launch().wait()
+        arrival = slots.launch()
+        for slot in arrival.set_back:
+            self._waiting.appendleft(self._running.pop(slot))
+        tokens = arrival.wait()
         for slot, answer in list(self._running.items()):
             answer.take(tokens[slot])
             self._end_if_done(slots, slot, answer)
@@ -123,32 +128,35 @@ class Scheduler:
         slots = self.engine.places(self.context)
         free = [slot for slot in range(slots.count) if slot not in self._running]
         while free and self._waiting:
-            request = self._waiting[0]
+            request = self._waiting[0].request
             if request.cancelled.is_set():
-                self._waiting.popleft()
-                request.on_end("cancelled", 0)
+                self._waiting.popleft().end("cancelled")
                 continue
             if request.adapter != self._adapter:
                 if self._running:
                     return
+                del slots  # their memory is free before others, for another adapter, take what there is
                 self._use(request.adapter)
-                slots = self.engine.places(self.context)  # others, for another adapter
-            self._waiting.popleft()
-            slot = slots.closest(request.prompt, free)
-            answer = _Answer(request, self.engine)
-            self._running[slot] = answer
-            answer.take(slots.admit(slot, request.prompt, request.sampling))
-            if not self._end_if_done(slots, slot, answer):
-                free.remove(slot)
+                slots = self.engine.places(self.context)
+            alike = itertools.takewhile(self._can_start, list(self._waiting))
+            started = {slot: self._waiting.popleft() for slot in slots.choose(alike, free)}
+            if not started:
+                return  # until others leave their pages
+            self._running |= started
+            for (slot, answer), token in zip(started.items(), slots.admit(started), strict=True):
+                answer.take(token)
+                self._end_if_done(slots, slot, answer)
+            free = [slot for slot in free if slot not in self._running]
 
-    def _end_if_done(self, slots: Any, slot: int, answer: _Answer) -> bool:
+    def _can_start(self, answer: _Answer) -> bool:
+        return answer.request.adapter == self._adapter and not answer.request.cancelled.is_set()
+
+    def _end_if_done(self, slots: Any, slot: int, answer: _Answer) -> None:
         reason = answer.ending()
-        if reason is None:
-            return False
-        del self._running[slot]
-        slots.release(slot, answer.tokens)
-        answer.end(reason)
-        return True
+        if reason is not None:
+            del self._running[slot]
+            slots.release(slot)
+            answer.end(reason)
 
     def _use(self, adapter: str | None) -> None:
         if self.engine.adapters:
@@ -184,13 +192,13 @@ class Scheduler:
 _UNKNOWN = object()
 
 
-class _Answer:
+class _Answer(Asked):
     """An answer in the making."""
 
     def __init__(self, request: Request, engine: Any) -> None:
+        super().__init__(request.prompt, request.sampling)
         self.request, self.ends = request, engine.end_ids
         self.text, self.stops = Detokenizer(engine.tokenizer), Stops(request.stops)
-        self.tokens: list[int] = []
 
     def take(self, token: int) -> None:
         """Add a token and pass its text on."""

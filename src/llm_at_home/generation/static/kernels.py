@@ -75,12 +75,14 @@ def _rotate_and_store(
     sin,
     positions,
     places,
+    pages,
     q_row,
     k_row,
     v_row,
-    capacity,
+    width,
     QUERY_HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,7 +90,7 @@ def _rotate_and_store(
     head = tl.program_id(1)
     size = 2 * HALF
     at = tl.load(positions + token)
-    place = tl.load(places + token)
+    page = tl.load(pages + tl.load(places + token) * width + at // PAGE)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < HALF
     # Both halves of a table row are the same angles.
@@ -99,14 +101,14 @@ def _rotate_and_store(
         target = rotated + (token * QUERY_HEADS + head) * size
     else:
         source = k + token * k_row + (head - QUERY_HEADS) * size
-        target = keys + ((place * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
+        target = keys + ((page * KEY_HEADS + head - QUERY_HEADS) * PAGE + at % PAGE) * size
     low = tl.load(source + lanes, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + HALF + lanes, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + lanes, low * c - high * s, mask=inside)
     tl.store(target + HALF + lanes, high * c + low * s, mask=inside)
     if head >= QUERY_HEADS:
         source = v + token * v_row + (head - QUERY_HEADS) * size
-        target = values + ((place * KEY_HEADS + head - QUERY_HEADS) * capacity + at) * size
+        target = values + ((page * KEY_HEADS + head - QUERY_HEADS) * PAGE + at % PAGE) * size
         tl.store(target + lanes, tl.load(source + lanes, mask=inside), mask=inside)
         tl.store(target + HALF + lanes, tl.load(source + HALF + lanes, mask=inside), mask=inside)
 
@@ -118,6 +120,7 @@ def rotate_and_store(
     tables: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
     places: torch.Tensor,
+    pages: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
@@ -129,15 +132,16 @@ def rotate_and_store(
         v: the same.
         tables: cosine and sine of shape (capacity, size).
         positions: of the tokens in their sequences, int64 of shape (tokens,).
-        places: of their sequences in the cache, the same.
-        keys: the cache, of shape (sequences, key heads, capacity, size); written at ``places`` and ``positions``.
+        places: of their sequences, the same.
+        pages: in the cache, of each sequence's positions, int64 of shape (sequences, pages of the longest).
+        keys: the cache, of shape (pages, key heads, tokens of a page, size); written at ``places`` and ``positions``.
         values: the same.
 
     Returns:
         The rotated queries, of q's shape.
     """
     tokens, query_heads, size = q.shape
-    key_heads, capacity = keys.shape[1], keys.shape[2]
+    key_heads = keys.shape[1]
     rotated = torch.empty((tokens, query_heads, size), dtype=q.dtype, device=q.device)
     half = size // 2
     _rotate_and_store[(tokens, query_heads + key_heads)](
@@ -150,12 +154,14 @@ def rotate_and_store(
         *tables,
         positions,
         places,
+        pages,
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        capacity,
+        pages.shape[1],
         QUERY_HEADS=query_heads,
         KEY_HEADS=key_heads,
+        PAGE=keys.shape[2],
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,
@@ -168,13 +174,15 @@ def _attend(
     q,
     keys,
     values,
+    pages,
     positions,
     partial,
     maxima,
     sums,
     scale,
-    capacity,
+    width,
     KEY_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -197,11 +205,12 @@ def _attend(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, LANES), tl.float32)
-    base = place * capacity
     for at in range(start, end, BLOCK):
         spots = at + block
+        page = tl.load(pages + sequence * width + at // PAGE)  # all of a block lie in one
+        base = (page * KEY_HEADS + head) * PAGE + at % PAGE
         there = (spots[:, None] < end) & (lanes[None, :] < SIZE)
-        offsets = (base + spots[:, None]) * SIZE + lanes[None, :]
+        offsets = (base + block[:, None]) * SIZE + lanes[None, :]
         key = tl.load(keys + offsets, mask=there, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         scores = tl.where(spots[None, :] < end, scores, float("-inf"))
@@ -235,7 +244,12 @@ def _combine(
 
 
 def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """Attention of one token of each sequence to all up to itself, in parts that are computed at once.
 
@@ -244,8 +258,9 @@ def attend(
 
     Args:
         q: rotated queries of shape (sequences, query heads, size).
-        keys: of shape (sequences, key heads, capacity, size).
+        keys: of shape (pages, key heads, tokens of a page, size); a page has a multiple of KEYS_AT_ONCE tokens.
         values: the same.
+        pages: in the cache, of each sequence's positions, int64 of shape (sequences, pages of the longest).
         positions: of the tokens, int64 of shape (sequences,).
         scale: of the scores.
 
@@ -253,9 +268,9 @@ def attend(
         Of q's shape.
     """
     sequences, query_heads, size = q.shape
-    key_heads, capacity = keys.shape[1], keys.shape[2]
+    key_heads, page, width = keys.shape[1], keys.shape[2], pages.shape[1]
     group = query_heads // key_heads
-    parts = max(1, min(PARTS_IN_FLIGHT // (sequences * key_heads), capacity // KEYS_AT_ONCE, 32))
+    parts = max(1, min(PARTS_IN_FLIGHT // (sequences * key_heads), width * page // KEYS_AT_ONCE, 32))
     partial = torch.empty((sequences * query_heads, parts, size), dtype=torch.float32, device=q.device)
     maxima = torch.empty((sequences * query_heads, parts), dtype=torch.float32, device=q.device)
     sums = torch.empty_like(maxima)
@@ -265,13 +280,15 @@ def attend(
         q,
         keys,
         values,
+        pages,
         positions,
         partial,
         maxima,
         sums,
         scale,
-        capacity,
+        width,
         KEY_HEADS=key_heads,
+        PAGE=page,
         GROUP=group,
         ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
         SIZE=size,

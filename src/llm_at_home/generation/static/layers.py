@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_at_home.generation.static.joined import is_plain, join
+from llm_at_home.generation.static.reference import spots
 
 # Decoder layers that compute as Llama's does: RMS norms before two blocks, rotary attention, SwiGLU.
 KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -22,6 +23,20 @@ UNCAPTURABLE = {"Linear8bitLt": "LLM.int8() looks for outliers on the host at ev
 
 # Not cuDNN's, which plans anew for each length that it has not seen: some 60 ms on an H100.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Segment(NamedTuple):
+    """Tokens of one sequence that are read at once.
+
+    Args:
+        place: of the sequence in the cache.
+        start: how many of its tokens the cache holds already.
+        unread: how many are read.
+    """
+
+    place: int
+    start: int
+    unread: int
 
 
 class Unsupported(Exception):
@@ -92,6 +107,7 @@ class Decoder:
         positions: torch.Tensor,
         last: torch.Tensor,
         places: torch.Tensor,
+        pages: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> torch.Tensor:
@@ -102,60 +118,90 @@ class Decoder:
             positions: where they stand, the same.
             last: up to where each looks, the same; its position, or less where nobody wants its token.
             places: 0, 1, 2, ..., the same.
-            keys: the cache of each layer, of shape (sequences, key heads, capacity, size); written at ``positions``.
+            pages: in the cache, of each sequence's positions, int64 of shape (sequences, pages of the longest).
+            keys: the cache of each layer, of shape (pages, key heads, tokens of a page, size); written at
+                ``positions``.
             values: the same.
         """
 
         def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
-            return self.operations.attend(q, key_cache, value_cache, last, self.scale)
+            return self.operations.attend(q, key_cache, value_cache, pages, last, self.scale)
 
-        return self.product(self._run(tokens, positions, places, keys, values, attend))[:, 0]
+        return self.product(self._run(tokens, positions, places, pages, keys, values, attend))[:, 0]
 
-    def prompt(
+    def prompts(
         self,
-        tokens: torch.Tensor,
-        start: int,
-        place: int,
+        tokens: Sequence[int],
+        segments: Sequence[Segment],
+        pages: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Logits of shape (1, vocabulary) after a prompt, or after the rest of one whose beginning is in the cache.
+        """Logits of shape (segments, vocabulary) after prompts, each whole or the rest of one that the cache begins.
+
+        All are read in one pass: only attention looks at one segment at a time.
 
         Args:
-            tokens: the prompt from ``start`` on, int64 of shape (tokens,).
-            start: how many tokens the cache holds already.
-            place: of the sequence in the cache.
-            keys: as above; written from ``start`` on.
+            tokens: of all segments, one after the other.
+            segments: whose tokens they are.
+            pages: as above.
+            keys: as above; written at the segments' positions.
             values: the same.
         """
-        count = tokens.shape[0]
-        positions = torch.arange(start, start + count, device=tokens.device)
-        places = torch.full_like(positions, place)
-        seen = None
-        if start:
-            seen = torch.arange(start + count, device=tokens.device) <= positions[:, None]
+        unread = [one.unread for one in segments]
+        whole = [one.start + one.unread for one in segments]
+        own_places = torch.tensor([one.place for one in segments])
+        device = keys[0].device
+        ids, positions, places = to_device(
+            torch.stack(
+                [
+                    torch.tensor(tokens),
+                    torch.cat([torch.arange(one.start, one.start + one.unread) for one in segments]),
+                    own_places.repeat_interleave(torch.tensor(unread)),
+                ]
+            ),
+            device,
+        )
+        last = to_device(torch.tensor(unread).cumsum(0) - 1, device)
+        # Each segment attends to all of its sequence, which is gathered from its pages.
+        in_order = torch.cat([torch.arange(length) for length in whole])
+        owners = own_places.repeat_interleave(torch.tensor(whole))
+        owners, in_order = to_device(torch.stack([owners, in_order]), device)
+        page, spot = spots(pages, owners, in_order, keys[0].shape[2])
+        masks = [
+            torch.arange(length, device=device) <= own[:, None] if one.start else None
+            for one, length, own in zip(segments, whole, positions.split(unread), strict=True)
+        ]
 
         def attend(q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor:
-            part = slice(place, place + 1), slice(None), slice(start + count)
-            with sdpa_kernel(ANY_LENGTH):
-                found = functional.scaled_dot_product_attention(
-                    q.transpose(0, 1)[None],
-                    key_cache[part],
-                    value_cache[part],
-                    attn_mask=seen,
-                    is_causal=seen is None,
-                    scale=self.scale,
-                    enable_gqa=q.shape[1] != key_cache.shape[1],
-                )
-            return found[0].transpose(0, 1)
+            keys, values = (cache[page, :, spot].split(whole) for cache in (key_cache, value_cache))
+            parts = zip(q.split(unread), keys, values, masks, strict=True)
+            return torch.cat([self._attend_whole(*part) for part in parts])
 
-        return self.product(self._run(tokens, positions, places, keys, values, attend)[-1:])[:, 0]
+        with sdpa_kernel(ANY_LENGTH):
+            hidden = self._run(ids, positions, places, pages, keys, values, attend)
+        return self.product(hidden[last])[:, 0]
+
+    def _attend_whole(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of several tokens of one sequence; all of shape (tokens, heads, size), ``seen`` None for causal."""
+        return functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )[0].transpose(0, 1)
 
     def _run(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         places: torch.Tensor,
+        pages: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -170,12 +216,17 @@ class Decoder:
             q, k, v = (part.view(count, -1, self.head_dim) for part in block.project(normed))
             if block.q_norm is not None and block.k_norm is not None:
                 q, k = block.q_norm(q), block.k_norm(k)
-            q = ops.rotate_and_store(q, k, v, self.tables, positions, places, key_cache, value_cache)
+            q = ops.rotate_and_store(q, k, v, self.tables, positions, places, pages, key_cache, value_cache)
             delta = block.out(attend(q, key_cache, value_cache).reshape(count, 1, -1))
             hidden, normed = ops.add_rms_norm(hidden, delta, block.post_norm.weight, block.post_norm.variance_epsilon)
             delta = block.down(ops.silu_multiply(*block.gate_and_up(normed)))
         norm = self.decoder.norm
         return ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)[1]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Block:
