@@ -284,7 +284,7 @@ def table(folder: Path) -> str:
                 *(common.number(row[key], 0) for key in ("joules", "reference_joules")),
                 common.number(row["peak_gb"], 1),
                 common.number(first[0] if first else None, 1),
-                row["reason"] or "",
+                (row["reason"] or "").split(". ")[0],  # torch goes on with what the allocator holds
             ]
         )
     return "\n\n".join([common.markdown(lines), *_where(folder)])

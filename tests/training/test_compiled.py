@@ -116,10 +116,18 @@ def test_compiled_code_is_kept_in_the_project_s_cache_unless_the_user_has_a_fold
 FAST = ["trainer=fast", "trainer.micro_batch=null"]
 
 
+def test_layers_that_a_gpu_recomputes_are_compiled_on_request_alone(resolved):
+    recomputed = [*FAST, "memory.checkpointing=full"]
+    assert fast.is_compiled(resolved(FAST, **CARD))
+    assert not fast.is_compiled(resolved(recomputed, **CARD))
+    assert fast.is_compiled(resolved([*recomputed, "trainer.compile=layers"], **CARD))
+    assert fast.is_compiled(resolved([*recomputed, "gpu=cpu"]))
+
+
 @pytest.mark.parametrize(
     ("words", "gpu", "why"),
     [
-        (["trainer.compile=all"], {}, "choose layers or off"),
+        (["trainer.compile=all"], {}, "choose auto, layers or off"),
         (["trainer.padded_lengths=0"], {}, "give at least 1, or null"),
         (["trainer.padded_lengths=null"], {}, "add trainer.padded_lengths=4"),
         (["adapter=dora"], {}, "adapter=dora .*use trainer.compile=off, or adapter=lora"),
@@ -127,7 +135,7 @@ FAST = ["trainer=fast", "trainer.micro_batch=null"]
         (["adapter=prefix"], {}, "use trainer.compile=off"),
         (["adapter=none"], {}, "use trainer.compile=off"),
         (["quant=gptq", "quant.group_size=64"], {}, "quant=gptq .*use trainer.compile=off, or quant=nf4"),
-        (["memory.checkpointing=full", "memory.offload=true"], CARD, "memory.offload=false"),
+        (["trainer.compile=layers", "memory.checkpointing=full", "memory.offload=true"], CARD, "memory.offload=false"),
         (["dtype=float32"], CARD | {"compute_capability": "6.1"}, "7.0: use trainer.compile=off"),
     ],
 )

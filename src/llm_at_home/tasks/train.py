@@ -98,6 +98,8 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         shapes = config["trainer"]["padded_lengths"]
         compiled = CompiledLayers(model, shapes, config["trainer"]["devices"])
         token_loss = compiled.function(token_loss_sum)
+    elif config["trainer"]["compile"] == fast.AUTO:
+        record.notes.append(f"no compiled layers: {fast.compile_obstacle(config)}")
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
     module = CausalLMModule(model, optimizer, scheduler, loss, token_loss)
     graphed = None

@@ -145,7 +145,7 @@ def test_a_training_run_is_a_result_of_peft_s_comparison():
     row, missing = export(record, "peft")
     assert row["run_info"]["train_config"].keys() == TRAIN_CONFIG
     assert not row["run_info"]["train_config"]["compile"]
-    record.config["trainer"]["compile"] = "layers"
+    record.counts["compiled_layers"] = 2
     assert export(record, "peft")[0]["run_info"]["train_config"]["compile"]
     found = preprocessed(json.loads(json.dumps(row)))
     assert found["peft_type"] == "LORA"

@@ -105,7 +105,7 @@ def _train_config(record: Record) -> dict[str, Any]:
         "batch_size_eval": None,
         "max_steps": config["trainer"]["max_steps"],
         "eval_steps": None,
-        "compile": config["trainer"].get("compile", "off") != "off",
+        "compile": bool(record.counts.get("compiled_layers")),
         "use_gc": config.get("memory", {}).get("checkpointing", "none") != "none",
         "query_template": None,
         "seed": config["seed"],

@@ -121,8 +121,8 @@ def _check_compiled(config: Mapping[str, Any]) -> None:
     lengths, off = trainer["padded_lengths"], "use trainer.compile=off"
     if lengths is not None and (type(lengths) is not int or lengths < 1):
         raise Refusal(f"trainer.padded_lengths={lengths} is no number of lengths: give at least 1, or null")
-    if trainer["compile"] not in (LAYERS, OFF):
-        raise Refusal(f"trainer.compile={trainer['compile']} is unknown: choose {LAYERS} or {OFF}")
+    if trainer["compile"] not in (fast.AUTO, LAYERS, OFF):
+        raise Refusal(f"trainer.compile={trainer['compile']} is unknown: choose {fast.AUTO}, {LAYERS} or {OFF}")
     if trainer["graph"] not in (fast.AUTO, OFF):
         raise Refusal(f"trainer.graph={trainer['graph']} is unknown: choose {fast.AUTO} or {OFF}")
     if not fast.is_compiled(config):
