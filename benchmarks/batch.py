@@ -13,7 +13,9 @@ those of ``infer.py questions=mt_bench quant=gguf quant.type=Q8_0``, two fifths 
 as long as the real questions' (benchmarks/mt_bench_prompts.json, counted with SmolLM2's tokenizer and template), and a
 second turn's holds the first answer. Ours is all of them, a place being filled as soon as it is free and the cache, as
 large as the card allows, has pages for it; the reference answers a sample one at a time, with generate's defaults,
-warm, and is scaled to all tokens, as its row says. A method is a process of its own.
+warm, and is scaled to all tokens, as its row says. A method is a process of its own. The limit is what has to be read,
+at the speed of a copy in the same process: the weights once for each token of the longest conversation, and each
+token's keys and values once for every later one of its conversation.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     firsts, added = [ids(first) for first, _ in own], [ids(second) for _, second in own]
     longest = max(a + b + sum(new) for (a, b), new in zip(own, lengths, strict=True))
     places = min(len(own), args.places)
+    ceiling = limit(model, own, lengths, device)
     engine = GraphEngine(model, None, args.tokens, batch_size=places)
 
     def then(key: Any, reply: Any) -> Any:
@@ -78,6 +81,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         "pages": engine.places(longest).pages.count,
         "warmup_seconds": time.perf_counter() - start,
         "kernel": engine.describe(),
+        "limit": ceiling,
     }
     found, result["ours"] = _timed(
         device, lambda: list(engine.stream(requests, longest=longest, then=then)), lambda made: [r for _, r in made]
@@ -98,6 +102,29 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     _, result["reference"] = _timed(device, one_at_a_time, lambda made: made)
     print(f"{method} reference: {result['reference']}", flush=True)
     return result
+
+
+def limit(
+    model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], device: str
+) -> dict[str, Any]:
+    """Seconds if all that has to be read were read at the speed of a copy, with a place for each conversation.
+
+    Args:
+        model: the causal language model.
+        prompts: of each conversation, tokens of its first turn and of what its second adds.
+        lengths: of each conversation, new tokens of both answers.
+        device: ``cpu`` or ``cuda``.
+    """
+    weights, of_a_token = common.read_in_a_step(model)
+    steps = max(sum(new) for new in lengths)
+    seen = 0
+    for (first, second), (answer, last) in zip(prompts, lengths, strict=True):
+        before = first + answer + second
+        seen += sum(range(first, first + answer)) + sum(range(before, before + last))
+    bandwidth = common.copy_bandwidth(device)
+    moved = steps * weights + seen * of_a_token
+    found = {"weight_bytes": steps * weights, "cache_bytes": seen * of_a_token, "bandwidth": bandwidth}
+    return found | {"seconds": moved / bandwidth if bandwidth else None}
 
 
 def _timed(device: str, make: Any, replies: Any) -> tuple[Any, dict[str, Any]]:
@@ -134,12 +161,13 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for result in results:
         ours, reference = result["ours"], result["reference"]
         scaled = ours["tokens"] / reference["tokens_per_second"]
+        fastest = result.get("limit", {}).get("seconds")  # older files have none
         work = f"{result['protocol']['questions']} two-turn conversations, {ours['tokens']:,} tokens"
         shared = {
             "work": work,
             "method": result["method"],
             "reference_name": f"default, one at a time, scaled from {reference['tokens']} tokens",
-            "share_of_limit": None,
+            "share_of_limit": fastest / ours["seconds"] if fastest else None,
             "peak_gb": ours["peak_gb"],
             "budget_gb": None,
         }

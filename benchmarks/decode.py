@@ -130,17 +130,8 @@ def _agreement(model: Any, prompt: list[int], expected: list[int], tokens: list[
 
 def limit(model: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Tokens a second if each step's bytes were read at the speed of a copy."""
-    from llm_at_home.quantization.size import size_readings
-
-    config = model.config
-    heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    embedding = model.get_input_embeddings().weight
-    weights = (size_readings(model)["model_size"].value or 0) * 1e9
-    if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
-        weights -= embedding.numel() * embedding.element_size()
-    length = args.prompt + args.tokens / 2
-    cache = 2 * config.num_hidden_layers * heads * size * length * embedding.element_size()
+    weights, of_a_token = common.read_in_a_step(model)
+    cache = of_a_token * (args.prompt + args.tokens / 2)
     found: dict[str, Any] = {"weight_bytes": weights, "cache_bytes": cache}
     bandwidth = common.copy_bandwidth(device)
     pace = bandwidth / (weights + cache) if bandwidth else None

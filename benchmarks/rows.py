@@ -215,6 +215,20 @@ def bare(base: Any) -> Iterator[None]:
         base.train(training)
 
 
+def read_in_a_step(model: Any) -> tuple[float, float]:
+    """Bytes that a step of decoding reads: all weights but the embedding, and the cache for each token that is seen."""
+    from llm_at_home.quantization.size import size_readings
+
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = model.get_input_embeddings().weight
+    weights = (size_readings(model)["model_size"].value or 0) * 1e9
+    if model.get_output_embeddings().weight.data_ptr() != embedding.data_ptr():
+        weights -= embedding.numel() * embedding.element_size()
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+    return weights, float(values * embedding.element_size())
+
+
 def copy_bandwidth(device: str) -> float | None:
     """Bytes a second that a copy reads and writes on the GPU, the best of twenty; None on a CPU.
 

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from hydra import compose, initialize_config_dir
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
@@ -151,3 +152,13 @@ def test_a_kernel_of_a_profile_is_of_one_kind():
     assert kind("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>") == "optimizer"
     assert kind("Memcpy DtoD (Device -> Device)") == "copies"
     assert kind("void at::native::reduce_kernel<512, 1>") == "elementwise, reductions and other"
+
+
+def test_what_a_batch_has_to_read_is_counted_token_by_token():
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    found = script("batch").limit(model, [(3, 1), (5, 2)], [(2, 1), (1, 1)], "cpu")
+    assert found["weight_bytes"] == pytest.approx(3 * 4 * weights, rel=0.05)  # three tokens in the longer; and buffers
+    assert found["cache_bytes"] == ((3 + 4 + 6) + (5 + 8)) * 2 * 2 * 4 * 4
+    assert found["seconds"] is None  # a copy's speed is measured on a GPU alone
