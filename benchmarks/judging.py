@@ -145,7 +145,7 @@ def slim(folder: Path) -> None:
 
 
 def table(folder: Path) -> str:
-    """The tables of docs/judging.md; no speeds, which are of a machine that other work shared."""
+    """The tables of docs/judging.md; no speeds of a CPU, which other work shared."""
     titles = [
         "quant",
         "score, mean (1 to 10)",
@@ -169,7 +169,7 @@ def table(folder: Path) -> str:
             rates = [cell(pairs.quality.get(key), 1, 100) for key in ("win_rate", "judge_first_wins")]
             missing += pairs.counts["judgments_missing"]
         lines.append([name.replace("_", " "), *scores, lead, p_value, *rates, str(missing)])
-    parts = [common.markdown(lines)]
+    parts = [common.markdown(lines), *answered(folder)]
     if common.status(folder / "check") == "ok":
         quality = store.load(folder / "check").quality
         known = [(key, title) for key, title in CHECKED if key in quality]
@@ -177,6 +177,23 @@ def table(folder: Path) -> str:
         rows += noise(folder)
         parts.append(common.markdown([["the judge itself", "figure", "questions"], *rows]))
     return "\n\n".join(parts)
+
+
+def answered(folder: Path) -> list[str]:
+    """What the answers took, where a GPU gave them, as a Markdown table."""
+    kinds = (("measured_time", 1), ("output_tokens_per_second", 0), ("energy_gross", 2), ("torch_allocated_peak", 1))
+    lines = [["quant", "new tokens", "time (s)", "tokens/s", "energy (Wh)", "torch allocated (GB)", "note"]]
+    for name in MODELS:
+        if common.status(folder / "answers" / name) != "ok":
+            continue
+        record = store.load(folder / "answers" / name)
+        if record.config["gpu"]["device"] != "cuda":
+            continue
+        cells = [cell(record.readings.get(key), digits) for key, digits in kinds]
+        lines.append(
+            [name.replace("_", " "), f"{record.counts['generated_tokens']:,}", *cells, "; ".join(record.notes)]
+        )
+    return [common.markdown(lines)] if lines[1:] else []
 
 
 def difference(folder: Path, name: str) -> Difference | None:

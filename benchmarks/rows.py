@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def run_row(name: str, command: Sequence[str], out: Path, headline: Sequence[str
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="row_") as folder:
         words = [sys.executable, *command, "rerun=true", f"hydra.run.dir={folder}"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        done = _ended_with_us(words)
         seconds = time.monotonic() - start
         try:
             record = store.load(folder)
@@ -51,6 +52,20 @@ def run_row(name: str, command: Sequence[str], out: Path, headline: Sequence[str
     shown = ", ".join(f"{text(figures[key], 3)} {figures[key].unit}" for key in headline if has(record, key))
     error = facts.error_line(record)
     return f"{name}: {record.status} in {seconds:.0f} s  {shown}{'  ' + error if error else ''}"
+
+
+def _ended_with_us(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that a SIGTERM to this process ends too: what went on would share the card with the next row."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said, complained = process.communicate()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(words, process.returncode, said, complained)
 
 
 def run_rows(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -162,3 +166,24 @@ def test_what_a_batch_has_to_read_is_counted_token_by_token():
     assert found["weight_bytes"] == pytest.approx(3 * 4 * weights, rel=0.05)  # three tokens in the longer; and buffers
     assert found["cache_bytes"] == ((3 + 4 + 6) + (5 + 8)) * 2 * 2 * 4 * 4
     assert found["seconds"] is None  # a copy's speed is measured on a GPU alone
+
+
+def test_a_row_ends_with_the_script_that_measures_it(tmp_path):
+    row, pid = tmp_path / "row.py", tmp_path / "pid"
+    row.write_text(f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
+    runs = f"import rows, pathlib; rows.run_row('row', [{str(row)!r}], pathlib.Path({str(tmp_path)!r}), [])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    measuring = subprocess.Popen([sys.executable, "-c", runs], env=environment)
+    number = wait_for(pid)
+    measuring.terminate()
+    assert measuring.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def wait_for(file: Path) -> int:
+    for _ in range(600):
+        if file.is_file() and file.read_text():
+            return int(file.read_text())
+        time.sleep(0.1)
+    raise AssertionError("the row did not begin")
