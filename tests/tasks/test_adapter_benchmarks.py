@@ -47,6 +47,7 @@ def script(name: str) -> ModuleType:
         ("pruning", "two_core_cpu/pruning", "pruning.md"),
         ("convergence", "two_core_cpu/convergence", "memory.md"),
         ("judging", "two_core_cpu/mt_bench", "judging.md"),
+        ("judging", "h100/mt_bench", "judging.md"),
         ("judge_faults", "two_core_cpu/judge_faults", "judging.md"),
         ("decode", "h100/decode", "decoding.md"),
         ("batch", "h100/batch", "decoding.md"),
