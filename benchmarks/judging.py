@@ -211,7 +211,8 @@ def against_base(folder: Path, name: str) -> tuple[str, str]:
     if found is None or found.interval95 is None:
         return common.DASH, common.DASH
     low, high = found.interval95
-    return f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]", "< 0.01" if found.p_value < 0.01 else f"{found.p_value:.2f}"
+    chance = "< 0.01" if found.p_value < 0.01 else f"{found.p_value:.2f}"
+    return f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]", chance
 
 
 def noise(folder: Path) -> list[list[str]]:
