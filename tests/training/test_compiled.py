@@ -116,12 +116,15 @@ def test_compiled_code_is_kept_in_the_project_s_cache_unless_the_user_has_a_fold
 FAST = ["trainer=fast", "trainer.micro_batch=null"]
 
 
-def test_layers_that_a_gpu_recomputes_are_compiled_on_request_alone(resolved):
-    recomputed = [*FAST, "memory.checkpointing=full"]
-    assert fast.is_compiled(resolved(FAST, **CARD))
-    assert not fast.is_compiled(resolved(recomputed, **CARD))
-    assert fast.is_compiled(resolved([*recomputed, "trainer.compile=layers"], **CARD))
-    assert fast.is_compiled(resolved([*recomputed, "gpu=cpu"]))
+def test_layers_that_an_old_torch_would_not_free_are_compiled_on_request_alone(resolved, monkeypatch):
+    recomputed = [*FAST, "quant=nf4", "memory.checkpointing=full"]
+    assert fast.is_compiled(resolved(recomputed))
+    monkeypatch.setattr(fast.importlib.metadata, "version", lambda name: "2.11.0+cu130")
+    assert not fast.is_compiled(resolved(recomputed))
+    assert "before torch 2.12" in fast.compile_obstacle(resolved(recomputed))
+    assert fast.is_compiled(resolved([*FAST, "quant=nf4"]))
+    assert fast.is_compiled(resolved([*FAST, "memory.checkpointing=full"]))
+    assert fast.is_compiled(resolved([*recomputed, "trainer.compile=layers"]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from llm_at_home.training.regional import LAYERS, OFF
 # Of the trainer group; the rest is Lightning's.
 OWN_KEYS = ("compile", "graph", "padded_lengths", "fused")
 AUTO = "auto"
+FREES_RECOMPUTED = (2, 12)
 FUSED = ("torch.optim.AdamW", "torch.optim.SGD")
 
 
@@ -55,11 +57,18 @@ def is_compiled(config: Mapping[str, Any]) -> bool:
 def compile_obstacle(config: Mapping[str, Any]) -> str | None:
     """Why ``trainer.compile=auto`` leaves the layers as they are, or None where it compiles them.
 
-    Within 6 GB compiled layers that are recomputed ran out of memory where the planner had half a gigabyte left
-    (``results/h100/finetune``); why was not found out.
+    Where a compiled layer holds an autograd function that keeps tensors by itself, as bitsandbytes' has, torch 2.11
+    keeps activations of the layer past activation checkpointing (``benchmarks/compiled_memory.py``).
     """
-    recomputed = config["gpu"]["device"] == "cuda" and config["memory"]["checkpointing"] != "none"
-    return "recomputed ones took more of a GPU's memory than was planned" if recomputed else None
+    recomputed = config["memory"]["checkpointing"] != "none"
+    if not recomputed or config["quant"]["method"] != "bitsandbytes" or _torch() >= FREES_RECOMPUTED:
+        return None
+    return "before torch 2.12 those on bitsandbytes' weights keep what recomputing should free"
+
+
+def _torch() -> tuple[int, int]:
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def graph_obstacle(config: Mapping[str, Any]) -> str | None:
