@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import gc
 import subprocess
 import sys
@@ -46,11 +45,8 @@ def row(words: list[str]) -> None:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     shape = (linear.in_features, linear.out_features)
-                    kind = {
-                        "quant_type": "nf4",
-                        "compute_dtype": torch.bfloat16,
-                    }  # unnamed, it cuts a graph
-                    made = bitsandbytes.nn.Linear4bit(*shape, bias=False, **kind)
+                    # Without its dtype the layer finds it out in its first pass, which cuts a graph.
+                    made = bitsandbytes.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.bfloat16)
                     made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
                     setattr(parent, name, made.to("cpu"))
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear"))
@@ -62,11 +58,10 @@ def row(words: list[str]) -> None:
         if COMPILED in words and isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=False)
     ids = torch.randint(0, 512, (4, 512))
-    passes = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     for _ in range(3):
         before = held("VmRSS")
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-        with passes():
+        with torch.autocast("cpu", torch.bfloat16):
             hidden = base.model(input_ids=ids).last_hidden_state
         kept = held("VmRSS") - before
         hidden.float().sum().backward()
@@ -86,9 +81,11 @@ def main() -> int:
     failed = 0
     for words in ROWS:
         done = subprocess.run([sys.executable, sys.argv[0], "--row", *words], capture_output=True, text=True)
-        lines = done.stdout.splitlines()
-        print(*(line for line in lines if line.startswith("| ")), sep="\n", flush=True)  # and no library's greeting
-        failed |= done.returncode
+        if done.returncode:
+            print(f"{', '.join(words)}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            failed = 1
+        else:
+            print(done.stdout.splitlines()[-1], flush=True)  # libraries may greet before
     return failed
 
 

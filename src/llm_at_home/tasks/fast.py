@@ -11,7 +11,7 @@ from llm_at_home.training.regional import LAYERS, OFF
 # Of the trainer group; the rest is Lightning's.
 OWN_KEYS = ("compile", "graph", "padded_lengths", "fused")
 AUTO = "auto"
-FREES_RECOMPUTED = (2, 12)
+FREES_RECOMPUTED = (2, 12)  # the first torch that does, of compiled layers on bitsandbytes' weights
 FUSED = ("torch.optim.AdamW", "torch.optim.SGD")
 
 
@@ -57,8 +57,8 @@ def is_compiled(config: Mapping[str, Any]) -> bool:
 def compile_obstacle(config: Mapping[str, Any]) -> str | None:
     """Why ``trainer.compile=auto`` leaves the layers as they are, or None where it compiles them.
 
-    Where a compiled layer holds an autograd function that keeps tensors by itself, as bitsandbytes' has, torch 2.11
-    keeps activations of the layer past activation checkpointing (``benchmarks/compiled_memory.py``).
+    On bitsandbytes' weights, torch 2.11 keeps activations of a compiled layer past activation checkpointing; 2.12 does
+    not (``benchmarks/compiled_memory.py``).
     """
     recomputed = config["memory"]["checkpointing"] != "none"
     if not recomputed or config["quant"]["method"] != "bitsandbytes" or _torch() >= FREES_RECOMPUTED:
