@@ -79,7 +79,7 @@ class Radar:
 
 
 def radars(table: Table) -> tuple[Radar, ...]:
-    """A chart for each judge, question set and kind of grading with figures of three categories or more."""
+    """A chart for each judge, kind of grading, and set and number of questions, with three categories or more."""
     if table.key != "evaluations":
         return ()
     made = []
@@ -88,7 +88,8 @@ def radars(table: Table) -> tuple[Radar, ...]:
         for row in table.rows:
             reading = row.run.record.quality.get(whole) if row.run else None
             if reading is not None and reading.value is not None:
-                groups.setdefault((facts.clean(reading.method), row.cells["on"].entries[0].text), []).append(row)
+                asked = row.cells["on"].entries[0].text + (f" ({reading.n} questions)" if reading.n else "")
+                groups.setdefault((facts.clean(reading.method), asked), []).append(row)
         for number, ((method, questions), rows) in enumerate(groups.items()):
             key = f"radar-{whole}-{number}"
             made.append(_radar(key, f"{title}: {method}, {questions}", rows, start, top, rings, neutral))
