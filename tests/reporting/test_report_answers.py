@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from llm_at_home.records.schema import Reading
 from llm_at_home.reporting import write_report
+from llm_at_home.reporting.__main__ import main
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 HOSTILE = "</pre></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -157,3 +159,11 @@ def test_no_script_of_an_answer_runs_in_a_browser(report) -> None:
     assert "<title>llm-at-home: answers</title>" in done.stdout
     assert 'class="choose"' in done.stdout
     assert not re.search(r'<form class="choose" hidden', done.stdout), "the page's own script did run"
+
+
+def test_runs_on_more_questions_have_a_radar_of_their_own(tmp_path) -> None:
+    results = Path(__file__).resolve().parents[2] / "results"
+    folders = [str(results / machine / "mt_bench" / "single") for machine in ("h100", "two_core_cpu")]
+    assert main([*folders, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "index.html").read_text()
+    assert set(re.findall(r"/single, mt_bench \((\d+) questions\)</strong>", text)) == {"16", "80"}
