@@ -23,6 +23,7 @@ FURTHER_CASES = {
     "DoRA": ["adapter=dora"],
     "DoRA on nf4": ["adapter=dora", "quant=nf4"],
     "LoHa": ["adapter=loha"],
+    "PEFT's LoHa": ["adapter=loha", "adapter.implementation=peft"],
     "OFT": ["adapter=oft"],
     "VeRA": ["adapter=vera"],
     "bottleneck": ["adapter=bottleneck"],
@@ -38,6 +39,10 @@ FURTHER_PEAKS = [
     (["memory.loss_tokens=32"], {}),
     (["memory.checkpointing=full", "dtype=float32"], {}),
 ]
+# Few tokens and a small vocabulary: the update's own backward pass is the peak.
+OF_LOHA = [["adapter.r=8"], ["adapter.r=32"], ["adapter.r=8", "adapter.implementation=peft"]]
+OF_LOHA += [[*words, "memory.checkpointing=full"] for words in OF_LOHA]
+OF_LOHA += [["adapter.r=8", "dtype=float32"], ["adapter.r=32", "dtype=float32"]]
 
 
 @pytest.mark.parametrize("words", CASES.values(), ids=CASES)
@@ -69,9 +74,20 @@ def test_further_peaks_are_what_is_predicted(measure, words, shape):
     check_peak(measure, words, shape)
 
 
-def check_peak(measure, words, shape):
+def test_loha_s_peak_is_of_the_way_that_it_is_computed(measure):
+    words = ["adapter=loha", "adapter.r=4", "memory.checkpointing=full"]
+    check_peak(measure, words, {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1376}, rows=1, tokens=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", OF_LOHA, ids=str)
+def test_loha_s_peak_is_of_every_way_that_it_is_computed(measure, words):
+    check_peak(measure, ["adapter=loha", *words], {"vocab_size": 64}, rows=1, tokens=16)
+
+
+def check_peak(measure, words, shape, rows=2, tokens=96):
     # SGD's step takes nothing: the peak is the pass's own.
-    config, measured = measure(4, 2, 96, "optimizer=sgd", *words, **shape)
+    config, measured = measure(4, rows, tokens, "optimizer=sgd", *words, **shape)
     parts = predict_training(config).parts
     cublas = 2 * 32 * 2**20
     predicted = parts["activations"] + parts["logits"] + parts["workspace"] - cublas

@@ -80,8 +80,8 @@ def layer_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> Layer
     return LayerMemory(
         kept=kept,
         boundary=float(tokens * stream * shape.hidden),
-        passing=_passing(config, shape, batch, each, KEPT_WIDTHS),
-        recomputing=_passing(config, shape, batch, each, RECOMPUTED_WIDTHS[_copying(config, each)]),
+        passing=_passing(config, shape, batch, each),
+        recomputing=_passing(config, shape, batch, each, recomputed=True),
     )
 
 
@@ -140,7 +140,8 @@ def _copying(config: Mapping[str, Any], each: int) -> str:
     return "copied" if dense and adapters.kind(config["adapter"]) in (adapters.LORA, adapters.ADALORA) else "shared"
 
 
-def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, widths: tuple[float, float]) -> float:
+def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, recomputed: bool = False) -> float:
+    widths = RECOMPUTED_WIDTHS[_copying(config, each)] if recomputed else KEPT_WIDTHS
     values = batch.all_tokens * (widths[0] * shape.inner * shape.experts_per_token + widths[1] * shape.hidden)
     widest = max((linear.weights for linear in shape.linears()), default=0)
     passing = each * values
@@ -149,8 +150,10 @@ def _passing(config: Mapping[str, Any], shape: Shape, batch: Batch, each: int, w
     which = adapters.kind(config["adapter"])
     targets = adapters.targets(shape, config["adapter"])
     if which == adapters.LOHA:
-        # The update is made whole, and its gradient and its factors' gradients with it.
-        passing += 5.5 * each * max(linear.weights for linear in targets)
+        # While one matrix's update goes backward none is read back, and fewer gradients of the block's are there.
+        stream = each * batch.all_tokens * (shape.hidden + (0 if recomputed else shape.inner))
+        own = max(adapters.loha_passing(linear, config["adapter"], each) for linear in targets)
+        passing = max(passing, own + stream)
     if config["adapter"].get("use_dora"):
         # A unit matrix as wide as the widest input goes through both factors, to give the update as a matrix.
         passing += 8.0 * max(linear.inputs for linear in targets) ** 2

@@ -169,6 +169,26 @@ class LoKr:
         return self.in_a * self.out_b, True
 
 
+def loha_passing(linear: Linear, adapter: Mapping[str, Any], bytes_each: int) -> float:
+    """Bytes that the backward pass of LoHa on one layer needs for a moment, read off real passes.
+
+    Args:
+        linear: the layer.
+        adapter: the ``adapter`` group.
+        bytes_each: of a value: 2 under autocast to 16 bits, 4 in float32.
+    """
+    rank, widths = adapter["r"], linear.inputs + linear.outputs
+    if adapter.get("implementation") == "peft":
+        # Its function computes the gradients outside autocast, in float32 whatever the update was in.
+        return float((12 + bytes_each) * linear.weights + 4 * rank * widths)
+    if rank**2 * widths < linear.weights:
+        # adapters/loha.py keeps the factors apart: of the wider factor's r^2 columns the gradient in float32, both
+        # that come of it, and what the pass computed again in 16 bits.
+        return 14.0 * rank**2 * max(linear.inputs, linear.outputs)
+    gradients = 4 * rank * widths if bytes_each == 2 else 0  # in float32, beside those in 16 bits
+    return float(5 * bytes_each * linear.weights + gradients)
+
+
 def _factors(size: int, factor: int) -> tuple[int, int]:
     """The divisors nearest to each other, the smaller of which is at most ``factor`` (any, for -1)."""
     if factor > 0 and size % factor == 0:
@@ -227,7 +247,9 @@ def kept(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], byt
             return Kept(0.0, casts + whole_update, shared)
         return Kept(token, casts, _inputs(whole))
     if which == LOHA:
-        return Kept(0.0, 0.0, shared)
+        # PEFT makes the whole update in the forward pass, and keeps it.
+        whole_update = float(bytes_each * sum(linear.weights for linear in layers))
+        return Kept(0.0, whole_update if adapter.get("implementation") == "peft" else 0.0, shared)
     if which == OFT:
         block = adapter["oft_block_size"]
         inputs = sum(linear.inputs for linear in layers)
