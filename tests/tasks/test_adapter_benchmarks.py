@@ -44,6 +44,7 @@ def script(name: str) -> ModuleType:
         ("train_serve", "two_core_cpu/train_serve", "adapters.md"),
         ("handbook", "two_core_cpu/handbook", "adapters.md"),
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
+        ("training_memory", "h100/training_memory", "memory.md"),
         ("pruning", "two_core_cpu/pruning", "pruning.md"),
         ("convergence", "two_core_cpu/convergence", "memory.md"),
         ("judging", "two_core_cpu/mt_bench", "judging.md"),

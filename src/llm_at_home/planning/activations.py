@@ -176,14 +176,30 @@ class LossMemory:
 
 
 def loss_memory(config: Mapping[str, Any], shape: Shape, batch: Batch) -> LossMemory:
-    """What logits and loss take, with all logits at once or ``memory.loss_tokens`` at a time."""
+    """What logits and loss take, with all logits at once, ``memory.loss_tokens`` at a time, or in Liger's kernel."""
     each = BYTES[config["dtype"]]
-    part = config.get("memory", {}).get("loss_tokens")
-    held = min(part, batch.all_tokens) if part else batch.all_tokens
+    memory = config.get("memory", {})
+    part, liger = memory.get("loss_tokens"), memory.get("loss") == "liger"
+    full = adapters.kind(config["adapter"]) == "full"
+    hidden = float(batch.all_tokens * each * shape.hidden)
     kept = batch.all_tokens * (4.0 * shape.hidden + 4 + 2 * each * shape.queries / shape.heads)
-    if part:
-        kept += batch.all_tokens * each * shape.hidden
-    if adapters.kind(config["adapter"]) == "full":
-        kept += 2.0 * batch.all_tokens * each * shape.hidden
+    kept += (hidden if part else 0.0) + (2 * hidden if full else 0.0)
+    if liger:
+        return _in_liger(shape, batch, each, kept, hidden, full)
+    held = min(part, batch.all_tokens) if part else batch.all_tokens
     forward = held * shape.vocabulary * (8 if each == 4 else 4 + 4 + each)
     return LossMemory(kept, float(held * shape.vocabulary * LOSS_BACKWARD), float(forward))
+
+
+def _in_liger(shape: Shape, batch: Batch, each: int, kept: float, hidden: float, full: bool) -> LossMemory:
+    """Liger's fused kernel, counted from its source (0.8.5, ``fused_linear_cross_entropy_forward``).
+
+    It makes the gradient of the hidden states in the forward pass, which is all that waits for the backward pass, and
+    holds logits of so many tokens that they take no more than the hidden states, in a power of two. Where the output
+    layer trains, its gradient is summed in float32.
+    """
+    share = -(-batch.all_tokens // -(-shape.vocabulary // shape.hidden))
+    held = min(1 << (share - 1).bit_length(), batch.all_tokens)
+    head = float(shape.vocabulary * shape.hidden) if full else 0.0
+    summed = head * 4 if each == 2 else 0.0
+    return LossMemory(kept + hidden + each * head, hidden, hidden + summed + held * shape.vocabulary * each)

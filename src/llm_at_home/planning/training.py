@@ -123,8 +123,7 @@ def _moments(
 ) -> list[Moment]:
     """The moments that can be the peak: the loss (forth and back), a layer's backward pass, the optimizer's step.
 
-    Gradients of the last step are there during a forward pass, and are let go before the backward pass of the first
-    micro-batch of the next step alone.
+    The module lets go of gradients when a step is over: those that wait are of micro-batches of the same step.
     """
     if gradients == 0:
         return [_without_training(config, shape, batch, static)]
@@ -133,10 +132,10 @@ def _moments(
     offloaded = _memory(config)["offload"]
     boundaries = recomputed * (layer.held if offloaded else layer.boundary + layer.held)
     whole = (shape.layers - recomputed) * layer.kept
-    accumulated = gradients if accumulation(config) > 1 else 0.0
+    accumulated = gradients if accumulation(config) > 1 or _is_graphed(config) else 0.0
     held = whole + boundaries + loss.kept
     found = [
-        _moment("the loss, forward", static, gradients, held, loss.forward),
+        _moment("the loss, forward", static, accumulated, held, loss.forward),
         _moment("the loss, backward", static, accumulated, held, loss.logits),
         _working(_moment("a layer's backward pass", static, accumulated, whole + boundaries), layer.passing),
         _working(_moment("the optimizer's step", static, gradients, 0.0), optimizer.step),
@@ -187,6 +186,11 @@ def accumulation(config: Mapping[str, Any]) -> int:
     """Micro-batches of an optimizer step; of a schedule the most."""
     steps = ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)
     return max(int(count) for count in steps.values()) if isinstance(steps, Mapping) else int(steps)
+
+
+def _is_graphed(config: Mapping[str, Any]) -> bool:
+    """Whether a CUDA graph may hold the passes: the gradients that it adds to are its own, and stay."""
+    return (config.get("trainer") or {}).get("graph", "off") != "off"
 
 
 def _notes(config: Mapping[str, Any], shape: Shape, batch: Batch) -> list[str]:
