@@ -248,8 +248,8 @@ def kept(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], byt
         return Kept(token, casts, _inputs(whole))
     if which == LOHA:
         # PEFT makes the whole update in the forward pass, and keeps it.
-        whole_update = float(bytes_each * sum(linear.weights for linear in layers))
-        return Kept(0.0, whole_update if adapter.get("implementation") == "peft" else 0.0, shared)
+        made = sum(linear.weights for linear in layers) if adapter.get("implementation") == "peft" else 0
+        return Kept(0.0, float(bytes_each * made), shared)
     if which == OFT:
         block = adapter["oft_block_size"]
         inputs = sum(linear.inputs for linear in layers)
