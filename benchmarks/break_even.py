@@ -19,7 +19,7 @@ on, and never where f >= p. F, f and p are in tokens processed, in seconds or in
 
     tokens  F: optimizer steps x tokens a step (padding left out); f, p: prompt and generated tokens
     time    F: the whole training run, loading and saving with it; f, p: seconds a question, without loading the model
-    energy  F, f, p: gross energy, by the record's method
+    energy  F: gross energy of the training steps alone; f, p: of answering; all by the record's method
 
 A trained token is forward and backward and so costs two to three times one that is read: time and energy know that, a
 count of tokens does not. The interval of n is that of the worst and best case within the 95 % intervals of f and p (F

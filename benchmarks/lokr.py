@@ -84,11 +84,15 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
     def release(self) -> None:
-        """Take the adapter off the base."""
+        """Take the adapter off the base, and let go of it and its optimizer, whoever keeps this object.
+
+        PEFT imports gptqmodel when it first attaches LoRA to a dense layer, and that import keeps its callers' frames.
+        """
         if self.network is not None:
             self.network.restore()
         else:
             self.model.unload()
+        vars(self).clear()
 
 
 def lycoris(base: Any, adapter: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,6 +59,7 @@ def script(name: str) -> ModuleType:
         ("finetune", "h100/finetune", "fast_training.md"),
         ("finetune", "h100/finetune_without_graph", "fast_training.md"),
         ("engines", "two_core_cpu/engines", "inference.md"),
+        ("serve", "h100/serve", "serving.md"),
     ],
 )
 def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
@@ -64,6 +68,11 @@ def test_the_page_s_tables_are_those_of_the_records(name, folder, page):
     page = (DOCS / page).read_text().splitlines()
     missing = [line for line in lines if line and line not in page]
     assert not missing, f"python benchmarks/{name}.py --table results/{folder} says otherwise: {missing[0]}"
+
+
+@pytest.mark.parametrize("file", sorted((RESULTS / "h100" / "lokr").glob("*.json")), ids=lambda file: file.stem)
+def test_lokr_s_tables_are_those_of_the_files(file):
+    assert script("lokr").table(json.loads(file.read_text())) in (DOCS / "adapters.md").read_text()
 
 
 def refusal(command: str, words: list[str]) -> str | None:
@@ -160,14 +169,35 @@ def test_a_kernel_of_a_profile_is_of_one_kind():
     assert kind("void at::native::reduce_kernel<512, 1>") == "elementwise, reductions and other"
 
 
-def test_what_a_batch_has_to_read_is_counted_token_by_token():
+def small_llama() -> LlamaForCausalLM:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+def test_what_a_batch_has_to_read_is_counted_token_by_token():
+    model = small_llama()
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     found = script("batch").limit(model, [(3, 1), (5, 2)], [(2, 1), (1, 1)], "cpu")
     assert found["weight_bytes"] == pytest.approx(3 * 4 * weights, rel=0.05)  # three tokens in the longer; and buffers
     assert found["cache_bytes"] == ((3 + 4 + 6) + (5 + 8)) * 2 * 2 * 4 * 4
     assert found["seconds"] is None  # a copy's speed is measured on a GPU alone
+
+
+@pytest.mark.parametrize("name", ["LoRA, rank 64", "LoKr, factored", "LoKr, PEFT"])
+def test_a_contender_s_memory_is_free_for_the_next_even_where_it_is_kept_itself(name):
+    lokr, base = script("lokr"), small_llama().to(torch.bfloat16)
+    before = list(base.state_dict())
+    kept = lokr.Contender(base, {**lokr.CONTENDERS[name], "r": 4})
+    kept.step(torch.randint(0, 32, (2, 1, 5)), "cpu", torch.bfloat16)
+    moments = [value for state in kept.optimizer.state.values() for value in state.values()]
+    freed = [weakref.ref(tensor) for tensor in (*kept.parameters, *moments)]
+    assert len(freed) > len(kept.parameters) > 0
+    del moments
+    kept.release()
+    gc.collect()
+    # The frames that the import of gptqmodel keeps hold the layer that was being made.
+    assert sum(tensor() is not None for tensor in freed) <= 2 < len(freed)
+    assert list(base.state_dict()) == before
 
 
 def test_a_row_ends_with_the_script_that_measures_it(tmp_path):

@@ -14,7 +14,7 @@ from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, RECORDS = ROOT / "docs" / "prompt_or_finetune.md", ROOT / "results" / "two_core_cpu" / "break_even"
+PAGE = ROOT / "docs" / "prompt_or_finetune.md"
 NO_METER = "no counter here"
 
 
@@ -184,6 +184,15 @@ def test_weights_of_another_run_are_not_taken_for_those_of_the_record(script, tm
     assert not script.is_there(kept, run)
 
 
-def test_the_page_s_tables_are_those_of_the_committed_records(script) -> None:
-    for block in script.table(RECORDS).split("\n\n"):
-        assert block in PAGE.read_text(), f"python benchmarks/break_even.py --table {RECORDS.relative_to(ROOT)}"
+@pytest.mark.parametrize("machine", ["two_core_cpu", "h100"])
+def test_the_page_s_tables_are_those_of_the_committed_records(script, machine) -> None:
+    blocks = script.table(ROOT / "results" / machine / "break_even").split("\n\n")
+    assert len(blocks) == 3
+    for block in blocks:
+        assert block in PAGE.read_text(), f"python benchmarks/break_even.py --table results/{machine}/break_even"
+
+
+def test_a_row_that_is_not_there_is_in_no_table(script) -> None:
+    facts, _, questions = script.table(ROOT / "results" / "h100" / "break_even").split("\n\n")
+    assert [line.split(" | ")[0] for line in facts.splitlines()[2:]] == ["| nothing", "| all", "| fine-tuned"]
+    assert questions.splitlines()[0].endswith("in | than all |")
