@@ -43,10 +43,12 @@ def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, 
 
 
 def _give_up(graph: Any, pool: Any) -> None:
-    """End a capture that failed, and tell the allocator, which the failing end does not."""
+    """End a capture that failed, and tell the allocator, which the failing end does not: the pool's memory is free."""
     import torch
 
+    device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     with contextlib.suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
