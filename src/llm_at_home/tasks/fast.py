@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from llm_at_home.training.regional import LAYERS, OFF, TUNED
+from llm_at_home.training.regional import LAYERS, OFF
 
 # Of the trainer group; the rest is Lightning's.
 OWN_KEYS = ("compile", "graph", "padded_lengths", "fused")
@@ -51,7 +51,7 @@ def shapes(config: Mapping[str, Any]) -> Any:
 def is_compiled(config: Mapping[str, Any]) -> bool:
     """Whether the run compiles its decoder layers."""
     wanted = config["trainer"].get("compile")
-    return wanted in (LAYERS, TUNED) or (wanted == AUTO and compile_obstacle(config) is None)
+    return bool(wanted == LAYERS or (wanted == AUTO and compile_obstacle(config) is None))
 
 
 def compile_obstacle(config: Mapping[str, Any]) -> str | None:

@@ -58,7 +58,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     from llm_at_home.training.flops import ModelFlops
     from llm_at_home.training.module import CausalLMModule, token_loss_sum
     from llm_at_home.training.probes import check_head, check_packing, check_unmasked
-    from llm_at_home.training.regional import TUNED, CompiledLayers
+    from llm_at_home.training.regional import CompiledLayers
 
     if not helper.is_helper():
         peak = dense_peak(config["gpu"]["device"], PRECISIONS[config["trainer"]["precision"]])
@@ -101,8 +101,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
     compiled = token_loss = None
     if fast.is_compiled(config):
         shapes = config["trainer"]["padded_lengths"]
-        tuned = config["trainer"]["compile"] == TUNED
-        compiled = CompiledLayers(model, shapes, config["trainer"]["devices"], tuned)
+        compiled = CompiledLayers(model, shapes, config["trainer"]["devices"])
         token_loss = compiled.function(token_loss_sum)
     elif config["trainer"]["compile"] == fast.AUTO:
         record.notes.append(f"no compiled layers: {fast.compile_obstacle(config)}")

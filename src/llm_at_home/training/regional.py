@@ -15,12 +15,10 @@ from llm_at_home.errors import Refusal
 from llm_at_home.paths import cache_dir
 from llm_at_home.records.schema import Reading
 
-LAYERS, TUNED, OFF = "layers", "tuned", "off"
+LAYERS, OFF = "layers", "off"
 BACKEND = "inductor"
 # By shape: the first layer, whose input takes no gradient, the others, and both again where packing needs no mask.
 GRAPHS_PER_SHAPE = 4
-# Each matrix product's kernel is chosen by measuring: cuBLAS' own, or one of Triton's, which takes in what comes after.
-MEASURED = {"max_autotune_gemm": True}
 METHOD = "dynamo_clock"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -32,13 +30,12 @@ class CompiledLayers:
         model: a causal language model of transformers, with or without a PEFT adapter.
         shapes: of a batch; a further one makes torch run a layer without compiling it.
         processes: of the run.
-        tuned: whether the kernels of matrix products are chosen by measuring, which takes minutes and is kept.
 
     Raises:
         Refusal: when the architecture has no decoder layers of transformers' kind.
     """
 
-    def __init__(self, model: Any, shapes: int, processes: int = 1, tuned: bool = False) -> None:
+    def __init__(self, model: Any, shapes: int, processes: int = 1) -> None:
         import torch
         from torch._dynamo.utils import counters
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,7 +50,7 @@ class CompiledLayers:
             # It would cut a layer's graph where gradients are sent; between layers they are sent anyway.
             torch._dynamo.config.optimize_ddp = False
         for layer in layers:
-            layer.compile(backend=BACKEND, dynamic=False, options=MEASURED if tuned else None)
+            layer.compile(backend=BACKEND, dynamic=False)
         self._layers = layers
         self._counters = counters
         self._before = {name: Counter(counters[name]) for name in ("stats", "graph_break")}

@@ -21,7 +21,7 @@ from llm_at_home.records import store
 from llm_at_home.tasks import fast
 from llm_at_home.tasks.checks.synthetic import check_synthetic
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
-from llm_at_home.training.regional import LAYERS, OFF, TUNED
+from llm_at_home.training.regional import LAYERS, OFF
 
 # Lightning's policies and the dtype of the weights that each is meant for; a wider one may be computed in fewer bits.
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "bf16-true": "bfloat16"}
@@ -121,15 +121,14 @@ def _check_compiled(config: Mapping[str, Any]) -> None:
     lengths, off = trainer["padded_lengths"], "use trainer.compile=off"
     if lengths is not None and (type(lengths) is not int or lengths < 1):
         raise Refusal(f"trainer.padded_lengths={lengths} is no number of lengths: give at least 1, or null")
-    wanted, known = trainer["compile"], (fast.AUTO, LAYERS, TUNED, OFF)
-    if wanted not in known:
-        raise Refusal(f"trainer.compile={wanted} is unknown: choose {', '.join(known[:-1])} or {OFF}")
+    if trainer["compile"] not in (fast.AUTO, LAYERS, OFF):
+        raise Refusal(f"trainer.compile={trainer['compile']} is unknown: choose {fast.AUTO}, {LAYERS} or {OFF}")
     if trainer["graph"] not in (fast.AUTO, OFF):
         raise Refusal(f"trainer.graph={trainer['graph']} is unknown: choose {fast.AUTO} or {OFF}")
     if not fast.is_compiled(config):
         return
     if lengths is None:
-        raise Refusal(f"trainer.compile={wanted} would compile each length anew: add trainer.padded_lengths=4")
+        raise Refusal("trainer.compile=layers would compile each length anew: add trainer.padded_lengths=4")
     if adapter["trains"] == "nothing":
         raise Refusal(f"adapter={adapter['name']} trains nothing that compiling could make faster: {off}")
     if config["quant"]["method"] not in COMPILED_BASES:
@@ -145,9 +144,9 @@ def _check_compiled(config: Mapping[str, Any]) -> None:
         raise Refusal(f"{config['model']['name']} sends tokens to experts, which was not tried compiled: {off}")
     check_kernel(gpu, (7, 0), "compiled layers (Triton)", off)
     if gpu["device"] == "cuda" and importlib.util.find_spec("triton") is None:
-        raise Refusal(f"trainer.compile={wanted} needs Triton, which torch for GPUs brings: install that, or {off}")
+        raise Refusal(f"trainer.compile=layers needs Triton, which torch for GPUs brings: install that, or {off}")
     if gpu["device"] == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise Refusal(f"trainer.compile={wanted} needs a C++ compiler on a CPU: apt-get install g++, or {off}")
+        raise Refusal(f"trainer.compile=layers needs a C++ compiler on a CPU: apt-get install g++, or {off}")
 
 
 def _check_memory(config: Mapping[str, Any]) -> None:
