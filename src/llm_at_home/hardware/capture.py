@@ -22,7 +22,7 @@ def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, 
         The ``torch.cuda.CUDAGraph``, and what the function returned, which each replay fills anew.
 
     Raises:
-        RuntimeError: where the work cannot be captured; torch.OutOfMemoryError is one.
+        RuntimeError: where the work cannot be captured; torch.OutOfMemoryError is one. The pool is given up with it.
     """
     import torch
 
