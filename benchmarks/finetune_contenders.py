@@ -201,7 +201,7 @@ def ours(
     # The base is there already, adapters are not written, and Lightning leaves the base where it is when it is done.
     loader.load_base = lambda config: base  # type: ignore[assignment]
     checkpoints.save_weights = lambda model, folder: folder  # type: ignore[assignment]
-    CausalLMModule.cpu = lambda self: self  # type: ignore[method-assign]
+    CausalLMModule.cpu = _without_base  # type: ignore[method-assign]
     begin = time.perf_counter()
     try:
         with common.bare(base), tempfile.TemporaryDirectory(prefix="finetune_") as run:
@@ -231,6 +231,14 @@ def ours(
         "where": timed.where,
         **_costs(timed.meter, config["gpu"]["device"], steps),
     }
+
+
+def _without_base(module: Any) -> Any:
+    """Take what was trained off the device: Lightning keeps the module, and the next row would find it there."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data, parameter.grad = parameter.data.cpu(), None
+    return module
 
 
 def apart(found: list[float], wanted: list[float]) -> float:

@@ -54,8 +54,8 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def gradients(model, tokens=None):
-    loss = ChunkedLoss(model, tokens) if tokens else None
+def gradients(model, tokens=None, captured=False):
+    loss = ChunkedLoss(model, tokens, captured) if tokens else None
     module = CausalLMModule(model, functools.partial(torch.optim.SGD, lr=0.1), chunked_loss=loss)
     loss = module.training_step(batch(), 0)
     loss.backward()
@@ -64,11 +64,12 @@ def gradients(model, tokens=None):
 
 @pytest.mark.parametrize("adapter", [None, LORA, PROMPT], ids=["full", "lora", "prompt"])
 @pytest.mark.parametrize(("every", "tokens"), [("full", None), (2, None), ("none", 7), ("full", 1000), (2, 1)])
-def test_loss_and_gradients_stay(tiny_model, adapter, every, tokens):
+@pytest.mark.parametrize("captured", [False, True])
+def test_loss_and_gradients_stay(tiny_model, adapter, every, tokens, captured):
     wanted_loss, wanted = gradients(load(tiny_model, adapter))
     model = load(tiny_model, adapter)
-    checkpoint_layers(model, every)
-    loss, found = gradients(model, tokens)
+    checkpoint_layers(model, every, captured=captured)
+    loss, found = gradients(model, tokens, captured)
     torch.testing.assert_close(loss, wanted_loss)
     assert set(found) == set(wanted)
     for name, gradient in wanted.items():
@@ -97,10 +98,11 @@ def test_no_more_logits_than_asked_for_are_made(tiny_model):
     assert isinstance(model.get_base_model().lm_head, torch.nn.Linear)
 
 
-def test_a_batch_that_the_loss_looks_at_nowhere_has_a_loss_of_zero(tiny_model):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_batch_that_the_loss_looks_at_nowhere_has_a_loss_of_zero(tiny_model, captured):
     model = load(tiny_model, LORA)
     nothing = {**batch(), "labels": torch.full((2, 30), IGNORED)}
-    loss = ChunkedLoss(model, 8)(nothing)
+    loss = ChunkedLoss(model, 8, captured)(nothing)
     loss.backward()
     assert loss.item() == 0.0
 

@@ -6,13 +6,15 @@ import functools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from llm_at_home.tasks import fast
+from llm_at_home.tasks.train import _redrawn
 from llm_at_home.training import activations, regional
 from llm_at_home.training import module as modules
 from llm_at_home.training.graphed import GraphedPasses
+from llm_at_home.training.probes import draws_numbers
 from llm_at_home.training.shapes import Shapes
 
 LENGTHS = (5, 40, 12, 33, 21, 17, 9)
@@ -136,16 +138,44 @@ def test_a_batch_without_a_mask_asks_the_device_nothing(monkeypatch):
         activations.logits(model, packed)
 
 
-def test_a_lack_of_memory_is_said_as_such():
+def test_passes_that_fit_go_on_where_their_graph_does_not():
     class Full(Tape):
         def capture(self, function):
             raise torch.OutOfMemoryError("out of memory")
 
-    graphed = GraphedPasses(lambda batch: torch.zeros(()), [], Full())
-    batch = {key: torch.zeros((1, 2)) for key in ("input_ids", "labels")}
-    graphed(batch)
-    with pytest.raises(torch.OutOfMemoryError):
-        graphed(batch)
+    tape = Full()
+    graphed = GraphedPasses(lambda batch: batch["labels"].sum(), [], tape)
+    batch = {key: torch.ones((1, 2)) for key in ("input_ids", "labels")}
+    assert [float(graphed(batch)) for _ in range(3)] == [2.0] * 3
+    assert tape.let_go_of == 1
+    assert graphed.notes() == ["no CUDA graph of the passes: out of memory"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "draws"),
+    [
+        ({}, {}, False),
+        ({"lora_dropout": 0.1}, {}, True),
+        ({}, {"attention_dropout": 0.1}, True),
+        ({"module_dropout": 0.1}, {}, True),  # PEFT draws it on the host
+    ],
+)
+def test_what_draws_numbers_is_found_out(adapter, model, draws):
+    made = adapted(LoKrConfig if "module_dropout" in adapter else LoraConfig, model, **adapter).eval()
+    before = torch.get_rng_state()
+    assert draws_numbers(made, list(range(3, 40))) is draws
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not made.training
+
+
+def test_what_is_recomputed_is_captured_unless_it_draws_numbers():
+    memory = {"checkpointing": "full", "loss_tokens": None}
+    ids = list(range(3, 40))
+    assert _redrawn(memory, adapted(), ids) is None
+    assert "random states" in _redrawn(memory, adapted(lora_dropout=0.1), ids)
+    parts = {"checkpointing": "none", "loss_tokens": 8}
+    assert "random states" in _redrawn(parts, adapted(lora_dropout=0.1), ids)
+    assert _redrawn({**parts, "loss_tokens": None}, adapted(lora_dropout=0.1), ids) is None
 
 
 @pytest.mark.parametrize(
@@ -154,8 +184,8 @@ def test_a_lack_of_memory_is_said_as_such():
         ([], None),
         (["trainer.padded_lengths=null", "trainer.compile=off"], "length of its own"),
         (["data.packing=true"], "packed"),
-        (["memory.checkpointing=full"], "recomputed"),
-        (["memory.loss_tokens=64"], "picked on the host"),
+        (["memory.checkpointing=full", "memory.loss_tokens=64"], None),
+        (["memory.checkpointing=full", "memory.offload=true", "trainer.compile=off"], "offloaded"),
         (["trainer.precision=16-mixed"], "scaler"),
         (["trainer.devices=2", "trainer.strategy=ddp"], "several processes"),
         (["adapter=none"], "nothing is trained"),
@@ -179,11 +209,14 @@ def test_the_record_says_that_there_was_no_graph(train_here, tiny_model, tmp_pat
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_card_s_graph_adds_the_gradients_that_the_passes_do(compiled):
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_card_s_graph_adds_the_gradients_that_the_passes_do(compiled, recomputed):
     losses, gradients = {}, {}
     for graph in (False, True):
-        model = adapted().cuda()
-        module = modules.CausalLMModule(model, ADAMW).cuda()
+        model = adapted().cuda().train()
+        loss = activations.ChunkedLoss(model, 16, captured=graph) if recomputed else None
+        activations.checkpoint_layers(model, "full" if recomputed else "none", captured=graph)
+        module = modules.CausalLMModule(model, ADAMW, chunked_loss=loss).cuda()
         if compiled:
             regional.CompiledLayers(model, shapes=2)
         graphed = module.graph_passes()
@@ -213,13 +246,13 @@ def test_a_card_s_graph_draws_new_masks_each_time():
     assert len(set(losses)) == 4
 
 
-def adapted(**options):
+def adapted(method=LoraConfig, model=None, **options):
     """A small model that needs no file."""
     torch.manual_seed(1)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
-    return get_peft_model(model, config)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape, **(model or {})))
+    start = {"init_weights" if method is LoKrConfig else "init_lora_weights": False}
+    return get_peft_model(base, method(r=4, target_modules=["q_proj", "down_proj"], **start, **options))
 
 
 def test_a_loss_that_no_parameter_reaches_is_not_passed_over():

@@ -72,15 +72,19 @@ def _torch() -> tuple[int, int]:
 
 
 def graph_obstacle(config: Mapping[str, Any]) -> str | None:
-    """Why a run's passes cannot be captured as a CUDA graph, or None where they can."""
+    """Why a run's passes cannot be captured as a CUDA graph, or None where they can.
+
+    Recomputed layers can, unless something draws random numbers, which the model is asked for
+    (:func:`llm_at_home.training.probes.draws_numbers`).
+    """
     trainer, memory = config["trainer"], config["memory"]
     obstacles = {
         "there is no GPU": config["gpu"]["device"] != "cuda",
         "nothing is trained": config["adapter"]["trains"] == "nothing",
         "each batch has a length of its own": not trainer.get("padded_lengths"),
         "packed conversations need a mask that is made on the host": config["data"]["packing"],
-        "recomputed layers put random states back": memory["checkpointing"] != "none",
-        "the tokens that the loss looks at are picked on the host": memory["loss"] == "liger" or memory["loss_tokens"],
+        "what is offloaded goes through the host": memory["offload"],
+        "Liger's loss counts its tokens on the host": memory["loss"] == "liger",
         "the scaler of 16-mixed decides on the host": trainer["precision"] == "16-mixed",
         "several processes share gradients": trainer["devices"] > 1,
     }

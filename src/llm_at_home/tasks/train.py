@@ -87,11 +87,16 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         check_packing(model, ids, config["dtype"])
     elif config["trainer"]["padded_lengths"]:
         check_unmasked(model, ids, config["dtype"])
+    captured = config["trainer"]["graph"] == fast.AUTO
+    if captured and (why := fast.graph_obstacle(config) or _redrawn(memory, model, ids)):
+        captured = False
+        record.notes.append(f"no CUDA graph of the passes: {why}")
     loss = None
     if memory["loss"] == "liger" or memory["loss_tokens"]:
-        loss = ChunkedLoss(model, memory["loss_tokens"])
+        loss = ChunkedLoss(model, memory["loss_tokens"], captured)
         check_head(model, loss, ids, config["dtype"])
-    record.counts["recomputed_layers"] = checkpoint_layers(model, memory["checkpointing"], memory["offload"])
+    recomputed = checkpoint_layers(model, memory["checkpointing"], memory["offload"], captured)
+    record.counts["recomputed_layers"] = recomputed
     flops = ModelFlops.of(model)
     compiled = token_loss = None
     if fast.is_compiled(config):
@@ -102,11 +107,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         record.notes.append(f"no compiled layers: {fast.compile_obstacle(config)}")
     optimizer, scheduler = instantiate(config["optimizer"]), instantiate(config["scheduler"])
     module = CausalLMModule(model, optimizer, scheduler, loss, token_loss)
-    graphed = None
-    if config["trainer"]["graph"] == fast.AUTO:
-        why = fast.graph_obstacle(config)
-        graphed = module.graph_passes() if why is None else None
-        record.notes += [f"no CUDA graph of the passes: {why}"] if why else []
+    graphed = module.graph_passes() if captured else None
     processes = config["trainer"]["devices"]
     if processes > 1:
         record.notes.append(f"memory, speed and energy are those of the first of {processes} processes")
@@ -144,6 +145,14 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
             load_tokenizer(config["model"]).save_pretrained(saved)  # so that model.source= reads it as it is
     if config["held_out"] and trainer.is_global_zero:
         record.quality["perplexity_test"] = _held_out(config, model)
+
+
+def _redrawn(memory: Mapping[str, Any], model: Any, ids: list[int]) -> str | None:
+    """Why what is recomputed cannot be captured, where it has to draw the same numbers again."""
+    from llm_at_home.training.probes import draws_numbers
+
+    recomputes = memory["checkpointing"] != "none" or memory["loss_tokens"]
+    return "what is recomputed puts random states back" if recomputes and draws_numbers(model, ids) else None
 
 
 def _held_out(config: Mapping[str, Any], model: Any) -> Reading:

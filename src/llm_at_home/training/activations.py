@@ -18,13 +18,14 @@ from llm_at_home.models.chat import IGNORED
 from llm_at_home.models.logits import capped_logits
 
 
-def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> int:
+def checkpoint_layers(model: Any, every: str | int, offload: bool = False, captured: bool = False) -> int:
     """Recompute decoder layers in the backward pass instead of keeping what is inside them (Chen et al. 2016).
 
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter.
         every: ``none``, ``full``, or k: the first of each k layers is recomputed, the others keep theirs.
         offload: what is kept between recomputed layers waits in the host's memory.
+        captured: for a CUDA graph. Random states, which the host holds, are not put back: nothing may draw numbers.
 
     Returns:
         How many layers are recomputed.
@@ -38,7 +39,8 @@ def checkpoint_layers(model: Any, every: str | int, offload: bool = False) -> in
 
     step = 1 if every == "full" else int(every)
     try:
-        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=step, offload=offload)
+        options = {"use_reentrant": False, "preserve_rng_state": not captured}
+        model.activation_checkpointing_enable(options, every_n_layers=step, offload=offload)
     except ValueError as error:
         raise Refusal(f"{error}: use memory.checkpointing=none") from error
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -79,19 +81,21 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 class ChunkedLoss:
     """The summed cross entropy without all logits at once, forth and back.
 
-    Tokens that the loss does not look at get no logits at all.
+    Tokens that the loss does not look at get no logits at all, unless it is captured.
 
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter.
         tokens: whose logits are held together; None where Liger's fused kernel computes, which chooses by itself, so
             that they take no more than the hidden states (Hsu et al. 2024).
+        captured: for a CUDA graph. All tokens get logits, since which ones the loss looks at the host would have to
+            ask; nothing may draw numbers.
 
     Raises:
         Refusal: for an architecture that caps its logits after the output layer, or names that layer otherwise; for
             Liger, whose kernel reads the weights themselves, also where that layer is no plain one.
     """
 
-    def __init__(self, model: Any, tokens: int | None) -> None:
+    def __init__(self, model: Any, tokens: int | None, captured: bool = False) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         capped = capped_logits(causal.config.get_text_config().to_dict())
         why = None
@@ -103,8 +107,10 @@ class ChunkedLoss:
             why = f"has an output layer of {type(causal.lm_head).__name__}, which Liger's kernel does not read"
         if why:
             raise Refusal(f"{type(causal).__name__} {why}: use memory.loss_tokens=null memory.loss=torch")
-        self.model, self.causal = model, causal
-        self._summed: Callable[..., torch.Tensor] = functools.partial(_in_parts, tokens=tokens) if tokens else _liger
+        self.model, self.causal, self.captured = model, causal, captured
+        self._summed: Callable[..., torch.Tensor] = _liger
+        if tokens:
+            self._summed = functools.partial(_in_parts, tokens=tokens, preserve_rng_state=not captured)
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The sum of next-token cross entropies in nats, in float32.
@@ -117,6 +123,8 @@ class ChunkedLoss:
             hidden = logits(self.model, batch)
         # Prompt methods put tokens of their own before the conversation's.
         hidden = hidden[:, -batch["labels"].shape[1] : -1]
+        if self.captured:
+            return self._summed(head, hidden.flatten(0, 1), labels.flatten())
         looked_at = labels != IGNORED
         hidden, labels = hidden[looked_at], labels[looked_at]
         return self._summed(head, hidden, labels) if len(labels) else hidden.sum() * 0.0
@@ -141,13 +149,18 @@ class ChunkedLoss:
             self.causal.lm_head = head
 
 
-def _in_parts(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, tokens: int) -> torch.Tensor:
-    parts = zip(hidden.split(tokens), labels.split(tokens), strict=True)
-    return torch.stack([checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts]).sum()
+def _in_parts(
+    head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, tokens: int, preserve_rng_state: bool
+) -> torch.Tensor:
+    sums = [
+        checkpoint(_cross_entropy, head, *part, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        for part in zip(hidden.split(tokens), labels.split(tokens), strict=True)
+    ]
+    return torch.stack(sums).sum()
 
 
 def _cross_entropy(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    return torch.nn.functional.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def _liger(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

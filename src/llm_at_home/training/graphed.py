@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from llm_at_home.hardware.capture import captured
 
 INPUTS = ("input_ids", "labels")
 
@@ -82,9 +83,7 @@ class GraphedPasses:
         inputs = {key: batch[key].clone() for key in INPUTS}
         try:
             replay, loss = self._record.capture(lambda: self._passes(inputs))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a layer that waits for the device, say
+        except RuntimeError as error:  # a layer that waits for the device, say, or too little memory for a graph's pool
             self.not_captured = str(error).splitlines()[0]
             self._let_go(force=True)
             return
@@ -125,28 +124,8 @@ class OnCard:
         """A function's work as a graph: what replays it, and the tensor that it returns each time anew."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()  # what the pass before this kept is free, and the graph's pool cannot use it
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would leave its stream the current one when a capture fails.
-        with torch.cuda.stream(self._stream):
-            # Threads of autograd take part; those that only watch the card may go on.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                found = function()
-            except BaseException:
-                self._give_up(graph)
-                raise
-            graph.capture_end()
+        graph, found = captured(function, self._stream, self._pool)
         return graph.replay, found
-
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, and tell the allocator, which the failing end does not."""
-        with contextlib.suppress(RuntimeError):
-            graph.capture_end()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
     def let_go(self) -> None:
         """Return the graphs' memory."""

@@ -1,4 +1,4 @@
-"""What packing and logits in parts rely on, tried on the model before it trains: no list of architectures is whole."""
+"""What packing, logits in parts and graphs rely on, tried on the model before it trains: no list is whole."""
 
 from __future__ import annotations
 
@@ -107,6 +107,30 @@ def check_head(model: Any, loss: ChunkedLoss, ids: list[int], dtype: str) -> Non
             f"{_name(model)} does something to its logits after the output layer (relative difference "
             f"{difference:.2g}): use memory.loss_tokens=null memory.loss=torch"
         )
+
+
+def draws_numbers(model: Any, ids: list[int]) -> bool:
+    """Whether the model draws random numbers while it trains, for dropout or noise, from the device or the host.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter.
+        ids: some token ids of the data.
+    """
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _random_states(device)
+        model.train()
+        try:
+            with torch.no_grad():
+                logits(model, {"input_ids": torch.tensor([ids[:PROBE_TOKENS]], device=device)})
+        finally:
+            model.train(was_training)
+        return any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True))
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _name(model: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.static.layers import Decoder, Segment, to_device
 from llm_at_home.generation.static.pages import PAGE, SCRAP, Pages, pages_of
+from llm_at_home.hardware.capture import captured
 
 PROMPT_PART = 4096  # tokens of prompts that are read at once, which bounds the memory of their activations
 SEEN_PART = 32768  # tokens that these attend to, known ones included, which bounds the memory of what is gathered
@@ -304,7 +305,6 @@ class Slots:
     def _captured(self, sampled: bool) -> Any:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
         kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
-        graph = torch.cuda.CUDAGraph()
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -315,8 +315,7 @@ class Slots:
             torch.cuda.current_stream().wait_stream(stream)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._advance(sampled)
+            graph, _ = captured(lambda: self._advance(sampled), stream, self._pool)
         finally:
             for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
                 tensor.copy_(value)
