@@ -22,6 +22,7 @@ def test_it_is_that_choice_of_the_group(device, name):
     assert engine_for(device, choice("auto")) == choice(name)
 
 
-def test_kernels_by_name_belong_to_the_graph():
+@pytest.mark.parametrize("own", [{"kernels": "torch"}, {"pages": 8}])
+def test_what_is_the_graph_s_own_is_refused_without_one(own):
     with pytest.raises(Refusal, match="is of engine=graph"):
-        engine_for("cpu", choice("auto") | {"kernels": "torch"})
+        engine_for("cpu", choice("auto") | own)

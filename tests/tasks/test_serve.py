@@ -61,6 +61,7 @@ def test_it_answers_and_ctrl_c_ends_it(start: Any, words: tuple[str, ...]) -> No
         (["serve.context=9000"], "serve.context=9000 is longer than smollm2_135m knows: give 8192"),
         (["engine=graph", "engine.kernels=fast"], "choose auto, triton or torch"),
         (["engine=graph", "engine.kernels=triton"], "needs a GPU"),
+        (["engine=graph", "engine.pages=0"], "engine.pages=0 is no number of pages"),
         (["serve.host=home"], "serve.host=home is no address"),
         (["model=llama2_7b", "model.weights=random"], "has no tokenizer to be served with: give model.source=FOLDER"),
         (["adapters={a: nowhere}"], "name the first one with adapter_path="),

@@ -35,19 +35,22 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
     if config["mode"] == "chat" and config["model"]["weights"] == "random":
         raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
-    _check_kernels(config)
+    _check_graph(config)
     if config["mode"] == "serve":
         _check_serve(config)
     check_synthetic(config, "questions")
 
 
-def _check_kernels(config: Mapping[str, Any]) -> None:
+def _check_graph(config: Mapping[str, Any]) -> None:
     kernels, device = config["engine"].get("kernels", "auto"), config["gpu"]["device"]
     if kernels not in ("auto", "triton", "torch"):
         raise Refusal(f"engine.kernels={kernels} is unknown: choose auto, triton or torch")
     if kernels == "triton" and (device == "cpu" or importlib.util.find_spec("triton") is None):
         lacks = "a GPU" if device == "cpu" else "Triton (pip install triton)"
         raise Refusal(f"engine.kernels=triton needs {lacks}: use engine.kernels=torch")
+    pages = config["engine"].get("pages")
+    if pages is not None and (type(pages) is not int or pages < 1):
+        raise Refusal(f"engine.pages={pages} is no number of pages: give at least 1, or null")
 
 
 def _check_serve(config: Mapping[str, Any]) -> None:
