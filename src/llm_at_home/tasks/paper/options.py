@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from llm_at_home.planning import composing
 from llm_at_home.planning.composing import CONF, one_line
 
 DRY_RUN = "--dry-run"
+PUBLISHED = "published"
 FOLDERS = ("adapter_path", "answers", "baseline")
 # What tells one row from another is a row's own.
 ROWS_OWN = ("quant", "adapter", "prune", "experiment", *FOLDERS)
@@ -91,8 +93,10 @@ def _checked(options: Options) -> Options:
     for key in ("dry_run", "full"):
         if type(options.values[key]) is not bool:
             raise Refusal(f"{key}={options.values[key]} is neither true nor false")
+    if options.rows == PUBLISHED:
+        options = dataclasses.replace(options, values={**options.values, "rows": options.published})
     if options.rows is not None and not isinstance(options.rows, list):
-        raise Refusal(f"rows={options.rows} is no list: give rows=[{options.rows}]")
+        raise Refusal(f"rows={options.rows} is no list: give rows=[{options.rows}], or rows={PUBLISHED}")
     for name in options.rows or []:
         if name not in rows:
             raise Refusal(f"rows: {name} is unknown: choose among {', '.join(rows)}")
