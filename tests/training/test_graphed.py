@@ -66,13 +66,17 @@ def with_tape(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_graph_trains_as_the_passes_do(fit, with_tape, accumulate):
+@pytest.mark.parametrize(("accumulate", "recomputed"), [(1, "none"), (2, "none"), (2, "full")])
+def test_a_graph_trains_as_the_passes_do(fit, with_tape, accumulate, recomputed):
+    def recomputing(model):
+        activations.checkpoint_layers(model, recomputed, captured=True)
+        return model
+
     order = {"batch_size": 2, "accumulate": accumulate, "steps": 5, "lengths": LENGTHS, "optimizer": ADAMW}
     order["shapes"] = Shapes(rows=2, longest=40, lengths=2)
     wanted = fit(**order)
     tape = with_tape(Tape())
-    found = fit(**order)
+    found = fit(**order, prepare=recomputing)
     assert found.history == wanted.history
     for name, value in found.state_dict().items():
         assert torch.equal(value, wanted.state_dict()[name])
