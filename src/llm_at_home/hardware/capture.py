@@ -7,6 +7,8 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+_failed: list[Any] = []  # which an allocator still has an address of
+
 
 def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
     """A function's work as a graph.
@@ -43,8 +45,14 @@ def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, 
 
 
 def _give_up(graph: Any, pool: Any) -> None:
-    """End a capture that failed, and tell the allocator, which the failing end does not: the pool's memory is free."""
+    """End a capture that failed, and tell the allocator, which the failing end does not: the pool's memory is free.
+
+    The allocator of pinned memory cannot be told: it goes on asking the graph which stream is its own, and refuses the
+    pool to another capture.
+    """
     import torch
+
+    _failed.append(graph)
 
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):
