@@ -91,17 +91,53 @@ def test_a_speed_in_four_bits_says_nothing_of_other_bits():
 
 
 def test_fine_tuning_on_the_card_that_was_measured():
-    (one,) = values("task=finetune", "gpu=h100", "quant=nf4", "adapter=lora")["configurations"]
+    words = ["task=finetune", "gpu=h100", "quant=nf4", "adapter=lora"]
+    (one,) = values(*words, "trainer=default")["configurations"]
     record = store.load(ROOT / "results/h100/table3/lora_nf4")
     assert one["rate"]["value"] == record.readings["steps_per_second"].value
     assert one["rate"]["method"].startswith("measured")
     assert one["memory"]["value"] == pytest.approx(record.readings["process_memory_peak"].value, rel=0.05)
-    assert one["command"].startswith("python train.py data=guanaco model=llama2_7b quant=nf4 adapter=lora")
-    (longer,) = values("task=finetune", "gpu=h100", "quant=nf4", "adapter=lora", "data.max_length=800")[
-        "configurations"
-    ]
+    assert one["command"].startswith("python train.py data=guanaco model=llama2_7b quant=nf4 adapter=lora dtype")
+    (longer,) = values(*words, "trainer=default", "data.max_length=800")["configurations"]
     assert longer["rate"]["method"].startswith("predicted")
     assert longer["rate"]["value"] < one["rate"]["value"]
+    (fast,) = values(*words, "data.max_length=500")["configurations"]
+    measured = json.loads((ROOT / "results/h100/finetune/rows.json").read_text())["rows"]
+    (row,) = [row for row in measured if row["method"] == "Q-LoRA nf4, rank 64" and row["goal"] == 7.5]
+    assert fast["rate"]["value"] == pytest.approx(row["ours"])
+    assert fast["energy"]["value"] == pytest.approx(row["joules"])
+    assert fast["rate"]["method"] == "measured, h100/finetune/qlora.json"
+    assert "quant=nf4 adapter=lora trainer=fast dtype=bfloat16" in fast["command"]
+    (longer,) = values(*words, "data.max_length=800")["configurations"]
+    assert longer["rate"]["method"].startswith("predicted")
+    assert longer["rate"]["value"] < fast["rate"]["value"]
+
+
+def fine_tuned(*words):
+    return {" ".join(one["overrides"]): one for one in values("task=finetune", *words)["configurations"]}
+
+
+def test_fine_tuning_is_fast_where_that_was_measured_and_divided_for_the_card():
+    small, large = fine_tuned("gpu=rtx3060"), fine_tuned("gpu=rtx4090")
+    name = "quant=nf4 adapter=lora trainer=fast"
+    assert "qlora_16gb.json" in small[name]["rate"]["method"]
+    assert small[name]["memory"]["value"] < 0.95 * CARDS["rtx3060"].memory < large[name]["memory"]["value"]
+    default = fine_tuned("gpu=rtx3060", "trainer=default")["quant=nf4 adapter=lora"]
+    assert small[name]["rate"]["value"] > 5 * default["rate"]["value"]
+    assert "quant=int8 adapter=lora" in large  # not measured with trainer=fast
+    assert not any("trainer=fast" in words for words in fine_tuned("gpu=t4"))  # in float16 it was not
+
+
+def test_a_small_card_gets_what_trains_in_the_least_memory():
+    (words, one), *more = fine_tuned("gpu=rtx4060").items()
+    assert not more
+    assert words.startswith("quant=nf4_nested adapter=lora adapter.r=8 memory=smallest optimizer=paged_adamw_8bit")
+    assert one["exact_match"]["value"] is None
+    assert "rank 8" in one["exact_match"]["reason"]
+    assert not one["best"]
+    assert "qlora_6gb.json" in one["rate"]["method"]
+    with pytest.raises(Refusal, match="nothing that was tried"):
+        ask("task=finetune", "gpu=rtx4060", "adapter=lora")  # no more than what was named
 
 
 @pytest.mark.parametrize("kind", ["eager", "training"])

@@ -171,6 +171,8 @@ def test_auto_refuses_in_one_line_what_cannot_fit_and_says_what_would(training):
     assert "\n" not in str(refused.value)
     with pytest.raises(Refusal, match="a smaller model or a larger gpu"):
         planned.settle(training("model=llama2_70b", memory=8.0))
+    with pytest.raises(Refusal, match="nothing fits"):  # AdaLoRA has no rank of that name to make smaller
+        planned.settle(training("adapter=adalora", memory=6.0))
 
 
 def test_auto_needs_a_gpu_and_other_words_are_refused(plain):

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card
-from llm_at_home.planning import cost, measurements, speed
+from llm_at_home.planning import cost, measurements, search, speed
 from llm_at_home.planning.composing import CONF
 from llm_at_home.planning.cost import Budget
 from llm_at_home.planning.plan import Target, peaks, predict, prompt_tokens, settle
@@ -28,6 +28,10 @@ QUANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     FINETUNE: [("none", {}), ("int8", {}), ("nf4", {}), ("nf4_nested", {})],
 }
 ADAPTERS = ("lora", "adalora", "lokr")
+# What trains in the least memory, for cards that none of the others fit: choices of further groups, and a small rank.
+SMALLEST = {"memory": "smallest", "optimizer": "paged_adamw_8bit"}
+SMALLEST_QUANTS, SMALLEST_RANK = ("nf4", "nf4_nested"), 8
+FAST = "trainer=fast"
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,9 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
     chosen = target.card or (affordable[0][0] if affordable else None)
     found: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
+    fast = task == FINETUNE and "trainer" not in named
     for words, changed in _choices(config, named):
-        candidate, why = _candidate(words, changed, shape, [chosen] if chosen else cards)
+        candidate, why = _candidate(words, changed, shape, [chosen] if chosen else cards, fast)
         if candidate is not None:
             found.append(candidate)
         else:
@@ -150,6 +155,14 @@ def _choices(config: Mapping[str, Any], named: Collection[str]) -> Iterator[tupl
         for adapter_words, adapter in adapters:
             changed = {**config, "task": TASKS[task], "quant": quant}
             yield (*quant_words, *adapter_words), changed | ({"adapter": adapter} if adapter else {})
+    if task == FINETUNE and not {name.split(".")[0] for name in named} & {"adapter", *SMALLEST}:
+        more = {group: choice(group, name) for group, name in SMALLEST.items()}
+        more["adapter"] = {**choice("adapter", "lora"), "r": SMALLEST_RANK}
+        keys = (f"adapter.r={SMALLEST_RANK}", *(f"{group}={name}" for group, name in SMALLEST.items()))
+        small = [(words, quant) for words, quant in quants if quant["name"] in SMALLEST_QUANTS]
+        for quant_words, quant in small[-1:]:
+            words = (*quant_words, "adapter=lora", *keys)
+            yield words, {**config, "task": TASKS[task], "quant": quant, **more}
 
 
 def choice(group: str, name: str) -> dict[str, Any]:
@@ -165,14 +178,19 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 
 def _candidate(
-    words: tuple[str, ...], config: Mapping[str, Any], shape: Shape, cards: Sequence[Card]
+    words: tuple[str, ...], config: Mapping[str, Any], shape: Shape, cards: Sequence[Card], fast: bool
 ) -> tuple[Candidate | None, str]:
-    """The configuration on the first of the cards that it fits, or why it fits none."""
+    """The configuration on the first of the cards that it fits, or why it fits none.
+
+    With ``trainer=fast``, where that may be and its speed is known; else as it is.
+    """
     why = ""
     for card in cards:
         target = Target.of(card)
         try:
             settled = settle(config, target)
+            if fast and (found := _fast(words, settled, shape, card)):
+                return found, ""
             prediction = predict(settled, target.capability)
         except Refusal as refusal:
             why = str(refusal)
@@ -184,12 +202,32 @@ def _candidate(
     return None, why
 
 
+def _fast(words: tuple[str, ...], config: Mapping[str, Any], shape: Shape, card: Card) -> Candidate | None:
+    """The configuration as ``trainer=fast`` divides its step in the card's memory, or None where nothing tells."""
+    graphed = {**config, "trainer": {**config["trainer"], "graph": "auto"}}
+    try:
+        choice = search.choose(graphed, search.USED * card.memory, card.compute_capability)
+    except Refusal:
+        return None
+    settled = choice.apply(graphed)
+    rate = speed.fast_training(settled, shape, card)
+    if rate is None:
+        return None
+    memory = peaks(choice.prediction)["predicted_process_memory_peak"]
+    return _measured((*words, FAST), settled, shape, card, memory, rate)
+
+
 def _measured(
-    words: tuple[str, ...], config: Mapping[str, Any], shape: Shape, card: Card, memory: Reading
+    words: tuple[str, ...],
+    config: Mapping[str, Any],
+    shape: Shape,
+    card: Card,
+    memory: Reading,
+    rate: Speed | None = None,
 ) -> Candidate:
     quant, dtype = config["quant"], config["dtype"]
     if config["task"] == "train":
-        rate, learned = speed.training(config, shape, card), measurements.exact_match(config["adapter"])
+        rate, learned = rate or speed.training(config, shape, card), measurements.exact_match(config["adapter"])
         rent = cost.rent_of_steps(rate.rate, card, config["trainer"]["max_steps"])
     else:
         rate, learned = speed.decoding(config, shape, prompt_tokens(config), card), None
@@ -205,7 +243,8 @@ def _ranked(found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _known(one: Candidate) -> bool:
-    return one.loss.value is not None and one.speed.rate.value is not None
+    figures = [one.loss, one.speed.rate, *([] if one.learned is None else [one.learned])]
+    return all(figure.value is not None for figure in figures)
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ from llm_at_home.hardware.catalogue import Card, Price
 from llm_at_home.planning.advice import CHAT, Advice, Candidate
 from llm_at_home.planning.plan import prompt_tokens
 from llm_at_home.planning.speed import MEASURED
+from llm_at_home.planning.training import accumulation
 from llm_at_home.records.schema import Reading
 
 UNKNOWN = "?"
-SHOWN = 12  # rows on a screen
+SHOWN = 13  # rows on a screen
 COMMANDS = 3
+SHORTENED = re.compile(r"^(quant|adapter)\.")
 # Runs that the planner was not fitted to; tests/planning/test_measured.py holds them within it.
 MEMORY_ERROR = 0.05
 
@@ -76,8 +79,8 @@ def _head(advice: Advice) -> list[str]:
         what = f"one conversation of {prompt_tokens(config)} + {config['engine']['max_new_tokens']} tokens"
     else:
         data = config["data"]
-        batch = f"micro-batches of {data['batch_size']} x {data['max_length']} tokens"
-        what = f"{config['trainer']['max_steps']} steps, {batch}"
+        rows = data["batch_size"] * accumulation(config)
+        what = f"{config['trainer']['max_steps']} steps of {rows} conversations of {data['max_length']} tokens"
     lines = [f"{shape.name} ({shape.parameters / 1e9:.2f}B parameters), {advice.task}: {what}"]
     if advice.budget:
         bought = ", ".join(f"{card.name} {price.value:,.0f}" for card, price in advice.affordable)
@@ -124,7 +127,7 @@ def _padded(row: list[str], widths: list[int], words: int) -> Iterator[str]:
 def _cells(advice: Advice, number: int, one: Candidate) -> list[str]:
     chat = advice.task == CHAT
     about, most = ("", "") if one.speed.rate.method.startswith(MEASURED) else ("~", "<")
-    name = " ".join(word.partition("=")[2] if "." not in word else word.removeprefix("quant.") for word in one.words)
+    name = " ".join(word.partition("=")[2] if "." not in word else SHORTENED.sub("", word) for word in one.words)
     return [
         *(f"{number}{'*' if one.best else ' '}", name, one.config["dtype"]),
         *([] if advice.card else [one.card.name]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,23 @@ from llm_at_home.records.schema import Reading, Record
 
 RESULTS = Path(__file__).resolve().parents[3] / "results"
 METHODS, HANDBOOK = "two_core_cpu/methods", "two_core_cpu/handbook"
-DECODE, EAGER, TRAINING = "h100/decode", "h100/table1", "h100/table3"
+DECODE, EAGER, TRAINING, FAST = "h100/decode", "h100/table1", "h100/table3", "h100/finetune"
 CARD = "h100"  # of conf/gpu, on which speeds were measured
+SMALL_RANK = 16  # below it an adapter has far fewer parameters than those that learned the handbook
 MODEL = "llama2_7b"  # whose shape they were measured on, with random weights
+
+
+# Of benchmarks/finetune.py, by adapter: quantizations, whether layers were recomputed, tokens at once, the row's name.
+FAST_ROWS: dict[str, tuple[tuple[tuple[str, ...], bool, int, str], ...]] = {
+    "lora": (
+        (("none",), False, 4000, "lora"),
+        (("nf4",), False, 4000, "qlora"),
+        (("nf4",), False, 1000, "qlora_16gb"),
+        (("nf4", "nf4_nested"), True, 500, "qlora_6gb"),
+    ),
+    "lokr": ((("none",), False, 4000, "lokr"),),
+    "adalora": ((("none",), False, 4000, "adalora"),),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ def exact_match(adapter: Mapping[str, Any]) -> Reading:
     folder = RESULTS / HANDBOOK / str(adapter["name"]) / "text"
     if not (folder / store.RECORD).is_file():
         return Reading.unknown("1", f"not measured for adapter={adapter['name']}")
+    if adapter.get("r", SMALL_RANK) < SMALL_RANK:
+        return Reading.unknown("1", f"not measured for adapter={adapter['name']} of rank {adapter['r']}")
     return store.load(folder).quality["exact_match"]
 
 
@@ -95,6 +112,33 @@ def training_pace(config: Mapping[str, Any]) -> Pace | None:
             joules = record.readings["energy_per_step"].value
             return Pace(rate.value, joules, theirs, folder, rate.n or record.counts["optimizer_steps"])
     return None
+
+
+def fast_training_pace(config: Mapping[str, Any]) -> Pace | None:
+    """Optimizer steps with ``trainer=fast``, or None where they were not measured.
+
+    Of several rows of this base and adapter, that with the nearest number of tokens at once. The pace's configuration
+    is how its step was divided: ``micro_batch``, ``accumulation``, ``checkpointing`` and ``tokens``.
+    """
+    adapter, quant = config["adapter"], config["quant"]
+    recomputed, tokens = config["memory"]["checkpointing"] != "none", _tokens_at_once(config)
+    rows = [
+        (abs(math.log(at_once / tokens)), name)
+        for quants, again, at_once, name in FAST_ROWS.get(adapter["name"], ())
+        if quant["name"] in quants and again == recomputed and adapter.get("implementation") != "peft"
+    ]
+    if not rows:
+        return None
+    found = json.loads((RESULTS / FAST / f"{min(rows)[1]}.json").read_text(encoding="utf-8"))
+    rounds = found["rounds"]["ours"]
+    seconds = [second for one in rounds for second in one["seconds"]]
+    divided = {**found["planned"], "tokens": found["protocol"]["tokens"]}
+    joules = median(one["joules"] for one in rounds)
+    return Pace(1 / median(seconds), joules, divided, f"{FAST}/{min(rows)[1]}.json", len(seconds))
+
+
+def _tokens_at_once(config: Mapping[str, Any]) -> int:
+    return int(config["data"]["batch_size"] * config["data"]["max_length"])
 
 
 def _same_width(one: str, other: str) -> bool:

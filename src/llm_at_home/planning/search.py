@@ -14,6 +14,8 @@ from llm_at_home.planning.training import accumulation, predict_training, with_b
 
 # Beyond these no figure is asked for: a batch or a length that somebody would want.
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
+# Of a card's memory, where a run chooses by it: the planner's own error (docs/planner.md) stays free.
+USED = 0.95
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -73,7 +75,7 @@ class Choice:
 
     def apply(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration with it."""
-        return _as(config, self.micro_batch, self.accumulation, self.checkpointing)
+        return divided(config, self.micro_batch, self.accumulation, self.checkpointing)
 
 
 def choose(config: Mapping[str, Any], memory: float, capability: tuple[int, int]) -> Choice:
@@ -89,7 +91,7 @@ def choose(config: Mapping[str, Any], memory: float, capability: tuple[int, int]
     effective = config["data"]["batch_size"] * accumulation(config)
     for checkpointing in _less_recomputing_first(config):
         for size in (size for size in range(effective, 0, -1) if effective % size == 0):
-            candidate = _as(config, size, effective // size, checkpointing)
+            candidate = divided(config, size, effective // size, checkpointing)
             prediction = predict_training(candidate, capability)
             if prediction.fits(memory):
                 return Choice(size, effective // size, checkpointing, prediction)
@@ -104,7 +106,8 @@ def _less_recomputing_first(config: Mapping[str, Any]) -> list[str | int]:
     return order[order.index(asked) :] if asked in order else [asked, "full"]
 
 
-def _as(config: Mapping[str, Any], size: int, steps: int, checkpointing: str | int) -> dict[str, Any]:
+def divided(config: Mapping[str, Any], size: int, steps: int, checkpointing: str | int) -> dict[str, Any]:
+    """The configuration with so many conversations at once, micro-batches a step, and recomputed layers."""
     before = config.get("callbacks") or {}
     callbacks = {**before, "accumulation": {**(before.get("accumulation") or {}), "steps": steps}}
     memory = {**config["memory"], "checkpointing": checkpointing}
@@ -136,12 +139,12 @@ REMEDIES: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
 
 
 def _has_rank(config: Mapping[str, Any]) -> bool:
-    return str(config["adapter"].get("_target_")).endswith(("LoraConfig", "LoHaConfig"))
+    return "r" in config["adapter"] and str(config["adapter"].get("_target_")).endswith(("LoraConfig", "LoHaConfig"))
 
 
 def _what_would_fit(config: Mapping[str, Any], memory: float, capability: tuple[int, int]) -> str:
     """One line: what the least way takes, and the first choices that would make it fit."""
-    least = _as(config, 1, 1, _less_recomputing_first(config)[-1])
+    least = divided(config, 1, 1, _less_recomputing_first(config)[-1])
     steps = config["data"]["batch_size"] * accumulation(config)
     least = {**least, "callbacks": {**least["callbacks"], "accumulation": {"steps": steps}}}
     need = predict_training(least, capability).process / 1e9

@@ -16,7 +16,9 @@ from llm_at_home.planning import bounds, measurements
 from llm_at_home.planning.allocator import constants
 from llm_at_home.planning.inference import read_bytes
 from llm_at_home.planning.measurements import Pace
+from llm_at_home.planning.search import divided
 from llm_at_home.planning.shape import Shape
+from llm_at_home.planning.training import with_batch
 from llm_at_home.records.schema import Reading
 
 MEASURED, PREDICTED, AT_MOST = "measured", "predicted", "at_most"
@@ -66,8 +68,27 @@ def decoding(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: 
     return _speed(1 / step, eager, shape, card, "eager", error, why)
 
 
+def fast_training(config: Mapping[str, Any], shape: Shape, card: Card) -> Speed | None:
+    """Optimizer steps a second with ``trainer=fast``, divided as the configuration is; None where nothing tells."""
+    # What was measured was in bfloat16; a card without it trains uncompiled or without graphs.
+    has = config["dtype"] == "bfloat16" and card.compute_capability >= TRITON
+    pace = measurements.fast_training_pace(config) if has else None
+    least = bounds.step_time(config, shape, card)
+    if pace is None or least.value is None:
+        return None
+    how = pace.config
+    theirs = divided(config, how["micro_batch"], how["accumulation"], how["checkpointing"])
+    theirs = with_batch({**theirs, "model": _model()}, length=how["tokens"])
+    measured = Shape.of(theirs["model"])
+    share = float(bounds.step_time(theirs, measured, _measured_on()).value or 0.0) * pace.rate
+    same = config["data"]["max_length"] == how["tokens"]
+    same &= bounds.training_flops(config, shape) == bounds.training_flops(theirs, measured)
+    why = f"trainer=fast: an H100's share of its peak ({pace.place}, n = {pace.n}); held against no other card"
+    return _speed(share / least.value, pace, shape, card, None, None, why, same)
+
+
 def training(config: Mapping[str, Any], shape: Shape, card: Card) -> Speed:
-    """Optimizer steps a second."""
+    """Optimizer steps a second with ``trainer=default``."""
     pace = measurements.training_pace(config)
     if pace is None:
         what = f"adapter={config['adapter']['name']} on quant={config['quant']['name']} in {config['dtype']}"
@@ -101,8 +122,13 @@ def _share_of_bandwidth(pace: Pace) -> float:
     return float(pace.rate * read / (_measured_on().bandwidth * 1e9))
 
 
+def _model() -> dict[str, Any]:
+    found: dict[str, Any] = next(iter(measurements.records(measurements.EAGER)))[1].config["model"]
+    return found
+
+
 def _architecture() -> dict[str, Any]:
-    found: dict[str, Any] = next(iter(measurements.records(measurements.EAGER)))[1].config["model"]["architecture"]
+    found: dict[str, Any] = _model()["architecture"]
     return found
 
 

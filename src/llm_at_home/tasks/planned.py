@@ -9,14 +9,12 @@ from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import capability
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.planning.plan import peaks
-from llm_at_home.planning.search import choose
+from llm_at_home.planning.search import USED, choose
 from llm_at_home.planning.training import predict_training
 from llm_at_home.records.schema import Reading
 
 KEY = "micro_batch"
 AUTO = "auto"
-# Of a card's memory: the planner's own error (docs/planner.md) stays free.
-USED = 0.95
 # CUDA offers a little less than the driver counts.
 OFFERED = 0.98
 
