@@ -210,6 +210,8 @@ def test_another_number_of_bits_is_no_evidence():
     config = of("infer", "experiment=[paper/gptq,table1]")
     assert evidence.nearest("infer", config).record.config["quant"]["bits"] == 4
     config["quant"]["bits"] = 3
+    assert evidence.nearest("infer", config).place == "h100/paper/gptq_3"
+    config["quant"]["bits"] = 5  # GPTQ has no such thing
     assert evidence.nearest("infer", config) is None
 
 
