@@ -70,8 +70,8 @@ def decoding(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: 
 
 def fast_training(config: Mapping[str, Any], shape: Shape, card: Card) -> Speed | None:
     """Optimizer steps a second with ``trainer=fast``, divided as the configuration is; None where nothing tells."""
-    # What was measured was in bfloat16; a card without it trains uncompiled or without graphs.
-    has = config["dtype"] == "bfloat16" and card.compute_capability >= TRITON
+    # Experts are refused there, and what was measured was in bfloat16: a card without it trains without graphs.
+    has = shape.kind in GRAPH_KINDS and config["dtype"] == "bfloat16" and card.compute_capability >= TRITON
     pace = measurements.fast_training_pace(config) if has else None
     least = bounds.step_time(config, shape, card)
     if pace is None or least.value is None:
