@@ -125,7 +125,7 @@ def test_fine_tuning_is_fast_where_that_was_measured_and_divided_for_the_card():
     default = fine_tuned("gpu=rtx3060", "trainer=default")["quant=nf4 adapter=lora"]
     assert small[name]["rate"]["value"] > 5 * default["rate"]["value"]
     assert "quant=int8 adapter=lora" in large  # not measured with trainer=fast
-    for words in (["gpu=t4"], ["gpu=h100", "model=mixtral_8x7b"]):  # float16 was not, and experts are refused
+    for words in (["gpu=t4"], ["gpu=h200", "model=mixtral_8x7b"]):  # float16 was not, and experts are refused
         assert not any("trainer=fast" in name for name in fine_tuned(*words))
 
 
