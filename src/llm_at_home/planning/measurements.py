@@ -18,6 +18,7 @@ from llm_at_home.records.schema import Reading, Record
 RESULTS = Path(__file__).resolve().parents[3] / "results"
 METHODS, HANDBOOK = "two_core_cpu/methods", "two_core_cpu/handbook"
 DECODE, EAGER, TRAINING, FAST = "h100/decode", "h100/table1", "h100/table3", "h100/finetune"
+PAPER = "h100/paper"  # what make paper ran of methods that table1 lacks
 CARD = "h100"  # of conf/gpu, on which speeds were measured
 SMALL_RANK = 16  # below it an adapter has far fewer parameters than those that learned the handbook
 MODEL = "llama2_7b"  # whose shape they were measured on, with random weights
@@ -90,7 +91,7 @@ def graph_pace(quant: Mapping[str, Any]) -> Pace | None:
 
 def eager_pace(quant: Mapping[str, Any], dtype: str) -> Pace | None:
     """Decoding one conversation with transformers' ``generate``, or None where it was not measured."""
-    for folder, record in records(EAGER):
+    for folder, record in (*records(EAGER), *records(PAPER)):
         config = record.config
         alike = _same_quant(config["quant"], quant) and _same_width(config["dtype"], dtype)
         rate = record.readings.get("decode_tokens_per_second")
