@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from transformers import AutoModelForCausalLM
 
 from llm_at_home.models.chat import IGNORED, Encoded
@@ -80,6 +81,12 @@ def fit(tiny_model, tmp_path):
         return module
 
     return run
+
+
+@pytest.fixture
+def half_precision():
+    """``half_precision(scale)``: Lightning's own fp16, which its trainer gives to GPUs alone, from that scale on."""
+    return lambda scale: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from llm_at_home.tasks import fast
 from llm_at_home.tasks.train import _redrawn
 from llm_at_home.training import activations, regional
 from llm_at_home.training import module as modules
+from llm_at_home.training.callbacks.clipping import GradientClipping
 from llm_at_home.training.graphed import GraphedPasses
 from llm_at_home.training.probes import draws_numbers
 from llm_at_home.training.shapes import Shapes
@@ -85,6 +86,25 @@ def test_a_graph_trains_as_the_passes_do(fit, with_tape, accumulate, recomputed)
     assert tape.replayed == 5 * accumulate - 2
     assert 2 <= tape.captured <= 3
     assert all(p.grad is not None and not p.grad.any() for p in found.model.parameters())
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
+def test_a_graph_brings_the_scaler_s_factor_in(fit, with_tape, half_precision, scale):
+    order = {"batch_size": 2, "accumulate": 2, "steps": 4, "lengths": LENGTHS, "optimizer": ADAMW}
+    order |= {"shapes": Shapes(rows=2, longest=40, lengths=1), "callbacks": [GradientClipping(0.3)]}
+    plugins = [half_precision(scale), half_precision(scale)]
+    wanted = fit(**order, plugins=plugins[0])
+    with_tape(Tape())
+    found = fit(**order, plugins=plugins[1])
+    assert found._graphed.counts() == {"graphed_shapes": 1}
+    assert [s["loss"] for s in found.history] == [s["loss"] for s in wanted.history]
+    norms = [[s["gradient_norm"] for s in module.history] for module in (found, wanted)]
+    assert norms[0] == pytest.approx(norms[1], nan_ok=True)
+    scales = [plugin.scaler.get_scale() for (plugin,) in plugins]
+    assert scales[0] == scales[1]
+    assert (scales[0] < scale) == (scale > 2.0**20)  # such gradients overflow: the step is left out, the factor halved
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, wanted.state_dict()[name])
 
 
 def test_a_new_shape_takes_the_memory_of_the_graphs():
@@ -190,7 +210,7 @@ def test_what_is_recomputed_is_captured_unless_it_draws_numbers():
         (["data.packing=true"], "packed"),
         (["memory.checkpointing=full", "memory.loss_tokens=64"], None),
         (["memory.checkpointing=full", "memory.offload=true", "trainer.compile=off"], "offloaded"),
-        (["trainer.precision=16-mixed"], "scaler"),
+        (["trainer.precision=16-mixed"], None),
         (["trainer.devices=2", "trainer.strategy=ddp"], "several processes"),
         (["adapter=none"], "nothing is trained"),
     ],
@@ -238,6 +258,23 @@ def test_a_card_s_graph_adds_the_gradients_that_the_passes_do(compiled, recomput
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     for name, value in gradients[False].items():
         torch.testing.assert_close(gradients[True][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
+def test_a_card_s_graph_follows_the_scaler_s_factor():
+    module = modules.CausalLMModule(adapted().cuda().train(), ADAMW).cuda()
+    module._scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    graphed = module.graph_passes()
+    batch = {key: torch.randint(3, 90, (2, 24), device="cuda") for key in ("input_ids", "labels")}
+    norms = []
+    for scale in (256.0, 256.0, 256.0, 64.0):
+        module._scaler.update(scale) if norms else None
+        with torch.autocast("cuda", torch.float16):
+            graphed(batch)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in graphed._trained])))
+        graphed.clear_gradients()
+    assert graphed.not_captured is None
+    assert norms == pytest.approx([norms[0], norms[0], norms[0], norms[0] / 4], rel=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,13 +14,8 @@ from llm_at_home.tasks import resolve
 from llm_at_home.training.callbacks.clipping import GradientClipping
 
 
-def half_precision(scale):
-    """Lightning's own fp16, which its trainer gives to GPUs alone, with a scaler that begins so high."""
-    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
-
-
 @pytest.mark.parametrize("scale", [2.0**6, 2.0**12])
-def test_fp16_is_unscaled_before_it_is_clipped(fit, tiny_model, scale):
+def test_fp16_is_unscaled_before_it_is_clipped(fit, tiny_model, half_precision, scale):
     one_step = {"batch_size": 1, "accumulate": 4, "steps": 1}
     wanted = fit(**one_step, callbacks=[GradientClipping(0.3)])
     module = fit(**one_step, callbacks=[GradientClipping(0.3)], plugins=half_precision(scale))
@@ -34,7 +28,7 @@ def test_fp16_is_unscaled_before_it_is_clipped(fit, tiny_model, scale):
     assert moved == pytest.approx(0.5 * 0.3, rel=1e-3)  # SGD at 0.5 moves by rate times clipped norm
 
 
-def test_fp16_steps_whose_gradients_overflow_are_left_out(fit, tiny_model):
+def test_fp16_steps_whose_gradients_overflow_are_left_out(fit, tiny_model, half_precision):
     scaler = half_precision(2.0**40)
     module = fit(batch_size=4, accumulate=1, steps=1, callbacks=[GradientClipping(0.3)], plugins=scaler)
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

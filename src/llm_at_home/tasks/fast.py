@@ -85,7 +85,6 @@ def graph_obstacle(config: Mapping[str, Any]) -> str | None:
         "packed conversations need a mask that is made on the host": config["data"]["packing"],
         "what is offloaded goes through the host": memory["offload"],
         "Liger's loss counts its tokens on the host": memory["loss"] == "liger",
-        "the scaler of 16-mixed decides on the host": trainer["precision"] == "16-mixed",
         "several processes share gradients": trainer["devices"] > 1,
     }
     return next((why for why, holds in obstacles.items() if holds), None)

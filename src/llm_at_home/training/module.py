@@ -48,6 +48,7 @@ class CausalLMModule(LightningModule):
         self._chunked_loss = chunked_loss
         self._token_loss = token_loss or token_loss_sum
         self._graphed: GraphedPasses | None = None
+        self._scaler: torch.amp.GradScaler | None = None  # of 16-mixed
         self.strict_loading = False  # checkpoints hold the trainable parameters alone
         self.history: list[dict[str, float]] = []
         # What an adapter method adds to the loop: the gradient of a term of the objective, once an optimizer step, and
@@ -119,8 +120,14 @@ class CausalLMModule(LightningModule):
         with torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):
             loss = self._loss(batch)
         with torch.autocast(device, enabled=False):
-            (loss / REFERENCE_TOKENS).backward()
+            scaled = loss / REFERENCE_TOKENS
+            # The factor is a tensor that stays at its place: a graph reads what it is by then.
+            (self._scaler.scale(scaled) if self._scaler else scaled).backward()
         return loss.detach()
+
+    def on_fit_start(self) -> None:
+        """Know the strategy's scaler, whose factor the passes of a graph bring in themselves."""
+        self._scaler = getattr(self.trainer.precision_plugin, "scaler", None)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, without its division by ``accumulate_grad_batches``, which is no number of micro-batches."""
