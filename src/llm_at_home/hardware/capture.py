@@ -53,7 +53,6 @@ def _give_up(graph: Any, pool: Any) -> None:
     import torch
 
     _failed.append(graph)
-
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):
         graph.capture_end()

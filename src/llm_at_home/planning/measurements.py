@@ -24,16 +24,13 @@ SMALL_RANK = 16  # below it an adapter has far fewer parameters than those that 
 MODEL = "llama2_7b"  # whose shape they were measured on, with random weights
 
 
-# Of benchmarks/finetune.py, by adapter: quantizations, whether layers were recomputed, tokens at once, the row's name.
-FAST_ROWS: dict[str, tuple[tuple[tuple[str, ...], bool, int, str], ...]] = {
-    "lora": (
-        (("none",), False, 4000, "lora"),
-        (("nf4",), False, 4000, "qlora"),
-        (("nf4",), False, 1000, "qlora_16gb"),
-        (("nf4", "nf4_nested"), True, 500, "qlora_6gb"),
-    ),
-    "lokr": ((("none",), False, 4000, "lokr"),),
-    "adalora": ((("none",), False, 4000, "adalora"),),
+# Rows of benchmarks/finetune.py, by adapter and quantization.
+FAST_ROWS = {
+    ("lora", "none"): ("lora",),
+    ("lora", "nf4"): ("qlora", "qlora_16gb", "qlora_6gb"),
+    ("lora", "nf4_nested"): ("qlora_6gb",),
+    ("lokr", "none"): ("lokr",),
+    ("adalora", "none"): ("adalora",),
 }
 
 
@@ -121,25 +118,27 @@ def fast_training_pace(config: Mapping[str, Any]) -> Pace | None:
     Of several rows of this base and adapter, that with the nearest number of tokens at once. The pace's configuration
     is how its step was divided: ``micro_batch``, ``accumulation``, ``checkpointing`` and ``tokens``.
     """
-    adapter, quant = config["adapter"], config["quant"]
-    recomputed, tokens = config["memory"]["checkpointing"] != "none", _tokens_at_once(config)
-    rows = [
-        (abs(math.log(at_once / tokens)), name)
-        for quants, again, at_once, name in FAST_ROWS.get(adapter["name"], ())
-        if quant["name"] in quants and again == recomputed and adapter.get("implementation") != "peft"
-    ]
-    if not rows:
+    if config["adapter"].get("implementation") == "peft":
         return None
-    found = json.loads((RESULTS / FAST / f"{min(rows)[1]}.json").read_text(encoding="utf-8"))
+    recomputed = config["memory"]["checkpointing"] != "none"
+    tokens = config["data"]["batch_size"] * config["data"]["max_length"]
+    near = []
+    for name in FAST_ROWS.get((config["adapter"]["name"], config["quant"]["name"]), ()):
+        pace = _fast_row(name)
+        how = pace.config
+        if (how["checkpointing"] != "none") == recomputed:
+            near.append((abs(math.log(how["micro_batch"] * how["tokens"] / tokens)), name, pace))
+    return min(near)[2] if near else None
+
+
+@functools.cache
+def _fast_row(name: str) -> Pace:
+    place = f"{FAST}/{name}.json"
+    found = json.loads((RESULTS / place).read_text(encoding="utf-8"))
     rounds = found["rounds"]["ours"]
     seconds = [second for one in rounds for second in one["seconds"]]
     divided = {**found["planned"], "tokens": found["protocol"]["tokens"]}
-    joules = median(one["joules"] for one in rounds)
-    return Pace(1 / median(seconds), joules, divided, f"{FAST}/{min(rows)[1]}.json", len(seconds))
-
-
-def _tokens_at_once(config: Mapping[str, Any]) -> int:
-    return int(config["data"]["batch_size"] * config["data"]["max_length"])
+    return Pace(1 / median(seconds), median(one["joules"] for one in rounds), divided, place, len(seconds))
 
 
 def _same_width(one: str, other: str) -> bool:
