@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import capability
 from llm_at_home.records.schema import Reading, Record
@@ -37,7 +38,7 @@ _COLUMNS = (
 
 
 def table(loaded: Loaded) -> Table | None:
-    """A row for each finished run on a GPU that the planner knows; the largest error of the process first."""
+    """A row for each finished run on a GPU whose lengths the planner knows; the largest error of the process first."""
     rows = [row for run in loaded.runs if (row := _row(run))]
     rows.sort(key=lambda row: -abs(_value(row, "process_error")))
     if not rows:
@@ -47,7 +48,8 @@ def table(loaded: Loaded) -> Table | None:
         "The planner against the card",
         "What the installed planner says of a run's configuration alone, and what was measured. Its two constants "
         "(allocator and CUDA context) are fitted to one folder of training and one of inference runs, which "
-        "docs/planner.md names: for those rows it is a fit, for all others a prediction.",
+        "docs/planner.md names: for those rows it is a fit, for all others a prediction. Runs on real data are left "
+        "out: they take less than their longest conversation would.",
         _COLUMNS,
         tuple(rows),
         MARK_NOTES,
@@ -127,6 +129,10 @@ def _predict(record: Record) -> Any:
 
     chip = capability(facts.at(record.config, "gpu", "compute_capability") or "9.0")
     if record.task == "train":
+        if facts.at(record.config, "data", "source") != SYNTHETIC:
+            raise Refusal(
+                "the planner takes all conversations to be as long as data.max_length, which real ones are not"
+            )
         return predict_training(record.config, chip)
     if facts.at(record.config, "engine", "name") not in (None, "eager"):
         raise Refusal("the planner knows engine=eager alone")
