@@ -86,6 +86,7 @@ def test_the_openai_client_gets_the_engine_s_answer_whole_and_in_pieces(engine: 
         assert pieces[-1].usage.completion_tokens == TOKENS
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("few", [False, True])
 def test_many_ask_at_once_and_each_gets_its_own_answer(
     model: Any, tokenizer: Any, few: bool, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_many_ask_at_once_and_each_gets_its_own_answer(
     assert bool(set_back) == few
 
 
+@pytest.mark.usefixtures("ahead")
 def test_who_leaves_is_not_answered_any_more(engine: Any) -> None:
     engine.max_new_tokens = 10_000
     with served(engine, context=20_000) as address:

@@ -116,12 +116,12 @@ class Scheduler:
         if not self._running:
             return
         slots = self.engine.places(self.context)
-        arrival = slots.launch()
-        for slot in arrival.set_back:
+        set_back, tokens = slots.decode()
+        for slot in set_back:
             self._waiting.appendleft(self._running.pop(slot))
-        tokens = arrival.wait()
-        for slot, answer in list(self._running.items()):
-            answer.take(tokens[slot])
+        for slot, token in tokens.items():
+            answer = self._running[slot]
+            answer.take(token)
             self._end_if_done(slots, slot, answer)
 
     def _admit(self) -> None:

@@ -1,4 +1,4 @@
-"""Sequences that are decoded together, a token each a step: their cache, and the step as a CUDA graph."""
+"""Sequences that are decoded together, a token each a step: their cache, and the step as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ class Asked:
 
 
 class Slots:
-    """Places for sequences, each filled by :meth:`admit`; :meth:`launch` decodes one token of every one.
+    """Places for sequences, each filled by :meth:`admit`; :meth:`decode` gives one token of every one.
+
+    A step computes as many rows as there are sequences, rounded up to a power of two where it is captured: a graph of
+    each size is made when it is needed. On a GPU the next step is under way while the tokens of one are looked at, so
+    that the card does not wait for the host; a sequence that ends has then been decoded a token too far.
 
     Their keys and values lie in pages of PAGE tokens, which a place gets as its sequence grows. When none is left, what
     was kept of finished conversations is given up; then the youngest sequence is set back: admitted again, it is read
@@ -101,6 +105,8 @@ class Slots:
         self.ends = state((config.vocab_size,), torch.bool)
         self.ends[list(end_ids)] = True
         self.places = torch.arange(count, device=self.device)
+        self.rows = self.places.clone()  # whose tokens a step decodes that is smaller than all places
+        self._order = list(range(count))  # the same, on the host
         self.running: dict[int, Asked] = {}  # the oldest first
         self._read: list[list[int]] = [[] for _ in range(count)]  # whose keys and values each place holds
         self._lengths = [0] * count  # of what each place holds, decoded tokens that are on their way included
@@ -109,11 +115,13 @@ class Slots:
         self.endless = state((count, 1), torch.bool)
         self.noise: torch.Tensor | None = None  # only sampled answers need it
         self.not_captured: str | None = None  # why there is no graph after all
-        self._graphs: dict[bool, Any] = {}
+        self._graphs: dict[tuple[bool, int], Any] = {}
         self._pool: Any = None
         pinned = self.device.type == "cuda"
         self._arrived = [torch.empty((count,), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
+        self.ahead = self.device.type == "cuda"  # a CPU would only be later with every token
+        self._under_way: Arrival | None = None
 
     def choose(self, asked: Iterable[Asked], free: Iterable[int]) -> list[int]:
         """Places for the first of those who ask, as many as are read in one pass; none where pages are wanting.
@@ -219,11 +227,18 @@ class Slots:
         del self.running[slot]
         self.active[slot] = 0
         self.temperatures[slot] = 0
+        if not self.running:
+            self._under_way = None
 
     def _grow(self, slot: int, tokens: int) -> None:
         """Let a place hold so many tokens, whatever others have kept."""
         for other in self.pages.grow(slot, pages_of(tokens)):
             self._read[other] = []
+
+    def _is_short(self) -> bool:
+        """Whether somebody would have to be set back for the next step."""
+        wanting = sum(pages_of(self._lengths[slot] + 1) > len(self.pages.held[slot]) for slot in self.running)
+        return wanting > self.pages.available
 
     def _make_room(self) -> list[int]:
         """A page for the next token of each sequence; the places that were set back for it, the youngest first."""
@@ -254,37 +269,78 @@ class Slots:
         for slot in set(range(self.count)) - set(self.running):
             self.pages.drop(slot)
 
+    def decode(self) -> tuple[list[int], dict[int, int]]:
+        """The next token of every sequence that runs, while the card is at the one after it.
+
+        Whoever asked adds the tokens to their sequences (``Asked.tokens``) and releases those that are done.
+
+        Returns:
+            The places that were set back for it, the youngest first, which get no token: they are to be admitted again
+            as soon as they can be; and the tokens of the others, by place.
+        """
+        set_back: list[int] = []
+        if self._under_way is None:
+            self._under_way = self.launch()
+            set_back = self._under_way.set_back
+        going, self._under_way = self._under_way, None
+        if self.ahead and self._goes_on(going) and not self._is_short():
+            self._under_way = self.launch()
+        tokens = going.wait()
+        return set_back, {slot: tokens[slot] for slot, one in going.whose.items() if self.running.get(slot) is one}
+
+    def _goes_on(self, going: Arrival) -> bool:
+        """Whether any answer is longer than it will be after the step that is under way."""
+        return any(
+            len(one.tokens) + (going.whose.get(slot) is one) < one.sampling.max_new_tokens
+            for slot, one in self.running.items()
+        )
+
     @torch.inference_mode()
     def launch(self) -> Arrival:
         """Start the step that decodes the next token of every place, and return where they will arrive.
 
-        Who was set back for it, ``Arrival.set_back``, gets none: they are to be admitted again as soon as they can be.
+        Who was set back for it, ``Arrival.set_back``, gets none.
         """
         set_back = self._make_room()
         sampled = any(one.generator for one in self.running.values())
-        if self.capture and sampled not in self._graphs:
+        kind = sampled, self._line_up()
+        if self.capture and kind not in self._graphs:
             try:
-                self._graphs[sampled] = self._captured(sampled)
+                self._graphs[kind] = self._captured(*kind)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # a layer that waits for the device, say
                 self.capture, self.not_captured = False, str(error).splitlines()[0]
         self._draw(self.running)
         if self.capture:
-            self._graphs[sampled].replay()
+            self._graphs[kind].replay()
         else:
-            self._advance(sampled)
+            self._advance(*kind)
         for slot in self.running:
             self._lengths[slot] += 1
         self._turn = 1 - self._turn
-        return Arrival(self.tokens, self._arrived[self._turn], set_back)
+        return Arrival(self.tokens, self._arrived[self._turn], set_back, dict(self.running))
 
-    def _advance(self, sampled: bool) -> None:
-        last = self.positions * self.active  # empty places look at one token only
+    def _line_up(self) -> int:
+        """How many rows the next step has; those of the sequences come first, then of places that are empty."""
+        size = len(self.running)
+        if self.capture:
+            size = min(self.count, 1 << (size - 1).bit_length())
+        if size < self.count:
+            order = [*self.running, *(slot for slot in range(self.count) if slot not in self.running)]
+            if order != self._order:
+                self.rows.copy_(to_device(torch.tensor(order), self.device))
+                self._order = order
+        return size
+
+    def _advance(self, sampled: bool, size: int) -> None:
+        rows: slice | torch.Tensor = slice(None) if size == self.count else self.rows[:size]
+        tokens, positions, active, table = (one[rows] for one in (self.tokens, self.positions, self.active, self.table))
+        last = positions * active  # empty places look at one token only
         logits = self.decoder.next_token(
-            self.tokens, self.positions, last, self.places, self.table, self.keys, self.values
+            tokens, positions, last, self.places[:size], table, self.keys, self.values
         ).float()
-        self.tokens.copy_(self._choose(logits, slice(None), sampled))
+        self.tokens[rows] = self._choose(logits, rows, sampled)
         self.positions.add_(self.active)
 
     def _choose(self, logits: torch.Tensor, part: slice | torch.Tensor, sampled: bool) -> torch.Tensor:
@@ -302,7 +358,7 @@ class Slots:
             if generator is not None and self.noise is not None:
                 self.noise[slot].uniform_(generator=generator)
 
-    def _captured(self, sampled: bool) -> Any:
+    def _captured(self, sampled: bool, size: int) -> Any:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
         kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
         try:
@@ -310,12 +366,12 @@ class Slots:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._advance(sampled)
+                    self._advance(sampled, size)
                     self.positions.copy_(kept[1])
             torch.cuda.current_stream().wait_stream(stream)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph, _ = captured(lambda: self._advance(sampled), stream, self._pool)
+            graph, _ = captured(lambda: self._advance(sampled, size), stream, self._pool)
         finally:
             for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
                 tensor.copy_(value)
@@ -342,10 +398,13 @@ class Arrival:
         tokens: on the device.
         host: where they go, pinned.
         set_back: places whose sequences were set back before this step, the youngest first.
+        whose: the sequences that the tokens are of, by place.
     """
 
-    def __init__(self, tokens: torch.Tensor, host: torch.Tensor, set_back: Sequence[int]) -> None:
-        self.set_back = set_back
+    def __init__(
+        self, tokens: torch.Tensor, host: torch.Tensor, set_back: list[int], whose: Mapping[int, Asked]
+    ) -> None:
+        self.set_back, self.whose = set_back, whose
         self._host = host
         self._host.copy_(tokens, non_blocking=True)
         self._event = None
