@@ -308,7 +308,12 @@ class Slots:
             try:
                 self._graphs[kind] = self._captured(*kind)
             except torch.OutOfMemoryError:
-                raise
+                # A larger step does what this one does, and one that samples what one does that does not.
+                larger = [(size, samples) for samples, size in self._graphs if samples >= sampled and size >= kind[1]]
+                if not larger:
+                    raise
+                self._graphs[kind] = self._graphs[min(larger)[::-1]]
+                self._pool = None  # it takes no further capture
             except RuntimeError as error:  # a layer that waits for the device, say
                 self.capture, self.not_captured = False, str(error).splitlines()[0]
         self._draw(self.running)
