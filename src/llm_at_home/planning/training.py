@@ -72,7 +72,7 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
 
 
 def _optimizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer, with ``trainer.fused`` handed on to it as a run does, whose configuration no longer has that key."""
+    """The optimizer with ``trainer.fused`` handed on to it, as a run's settled configuration has it already."""
     trainer = config.get("trainer") or {}
     mixed16 = (trainer.get("precision") or ("16-mixed" if config["dtype"] == "float16" else "")) == "16-mixed"
     return {**config["optimizer"], **({"fused": True} if trainer.get("fused") and not mixed16 else {})}
