@@ -10,9 +10,11 @@ from llm_at_home.generation.eager import EagerEngine
 from llm_at_home.generation.graph import GraphEngine
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.static import pages, slots
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
 from llm_at_home.generation.static.pages import PAGE, Pages
-from llm_at_home.generation.static.slots import Asked, Slots
+from llm_at_home.generation.static.slots import Slots
+from llm_at_home.generation.static.step import Step
 from llm_at_home.models.chat import prompt_ids
 
 TOKENS = 24
@@ -252,13 +254,14 @@ def test_sampled_answers_depend_on_their_own_seed_alone(graph: GraphEngine, prom
 def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     n, warm = 800, 1.0
     slots = graph._room(1, 64)
-    slots.admit({0: Asked(prompts[0], Sampling(2, warm, seed=5))})
+    asked = Asked(prompts[0], Sampling(2, warm, seed=5))
+    slots.admit({0: asked})
     with torch.inference_mode():
         logits = model(torch.tensor([prompts[0]])).logits[:, -1].float()
         counts = torch.zeros(logits.shape[-1])
         for _ in range(n):
-            slots._draw([0])
-            counts[int(slots._choose(logits, slice(0, 1), True))] += 1
+            slots.step._draw([(0, asked)])
+            counts[int(slots.step._choose(logits, slice(0, 1), True))] += 1
     slots.release(0)
     expected = (logits[0] / warm).softmax(-1)
     top = expected.topk(5).indices
@@ -354,10 +357,10 @@ def test_int8_says_why_no_graph_is_captured() -> None:
 def test_a_graph_that_cannot_be_captured_is_done_without(
     graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(self: Slots, sampled: bool, size: int) -> Any:
+    def captured(self: Step, sampled: bool, size: int) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(Slots, "_captured", captured)
+    monkeypatch.setattr(Step, "_captured", captured)
     graph.capture = True
     (expected,) = eager_tokens(model, tokenizer, prompts[1:2])
     assert graph.reply(prompts[1], Sampling(TOKENS)).tokens == expected
@@ -379,14 +382,14 @@ def test_a_step_has_as_many_rows_as_sequences_run(
         def __init__(self, step: Any) -> None:
             self.replay = step
 
-    def captured(self: Slots, sampled: bool, size: int) -> Any:
+    def captured(self: Step, sampled: bool, size: int) -> Any:
         if size < (capture or 0):
             raise torch.OutOfMemoryError
         return Replayed(lambda: self._advance(sampled, size))
 
     asked = [(prompt, Sampling(4 * i + 2, 0.9 * (i % 2), seed=i)) for i, prompt in enumerate([*prompts, prompts[0]])]
     alone = [graph.reply(*one).tokens for one in asked]
-    monkeypatch.setattr(Slots, "_captured", captured)
+    monkeypatch.setattr(Step, "_captured", captured)
     graph.close()
     graph.capture = capture is not None
     room = graph._room(5, 200)

@@ -13,8 +13,9 @@ import torch
 
 from llm_at_home.generation.eager import EagerEngine, TokenClock
 from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
-from llm_at_home.generation.static.slots import Asked, Slots
+from llm_at_home.generation.static.slots import Slots
 
 
 class GraphEngine(EagerEngine):
@@ -66,8 +67,8 @@ class GraphEngine(EagerEngine):
 
     def _engine(self) -> str:
         graph = "one CUDA graph a step" if self.capture else "no graph"
-        if self._slots is not None and self._slots.not_captured:
-            graph = f"no graph, since {self._slots.not_captured}"
+        if self._slots is not None and self._slots.step.not_captured:
+            graph = f"no graph, since {self._slots.step.not_captured}"
         return f"static cache, {self.kernels} kernels, {graph}"
 
     def use_adapter(self, name: str | None) -> None:

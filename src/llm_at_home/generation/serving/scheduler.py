@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.serving.text import Detokenizer, Stops
-from llm_at_home.generation.static.slots import Asked
+from llm_at_home.generation.static.asked import Asked
 
 
 class Busy(Exception):

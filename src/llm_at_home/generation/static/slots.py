@@ -1,18 +1,17 @@
-"""Sequences that are decoded together, a token each a step: their cache, and the step as CUDA graphs."""
+"""Sequences that are decoded together: their places, and the pages of their keys and values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from llm_at_home.generation.reply import Sampling
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Decoder, Segment, to_device
 from llm_at_home.generation.static.pages import PAGE, SCRAP, Pages, pages_of
-from llm_at_home.hardware.capture import captured
+from llm_at_home.generation.static.step import Step
 
 PROMPT_PART = 4096  # tokens of prompts that are read at once, which bounds the memory of their activations
 SEEN_PART = 32768  # tokens that these attend to, known ones included, which bounds the memory of what is gathered
@@ -20,36 +19,11 @@ SEEN_PART = 32768  # tokens that these attend to, known ones included, which bou
 RESERVE_BYTES = 5e9
 
 
-@dataclass(eq=False)
-class Asked:
-    """A prompt and its answer so far.
-
-    Args:
-        prompt: token ids.
-        sampling: how its tokens are chosen; its seed is its own, whatever is read or decoded beside it.
-        tokens: of the answer; who asked adds them as they come.
-        generator: of its samples, from the first on.
-        reused: tokens of the prompt that were not read, since an earlier turn's were known.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    tokens: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
-    reused: int = 0
-
-    @property
-    def so_far(self) -> list[int]:
-        """What is to be read before the next token can be told."""
-        return [*self.prompt, *self.tokens]
-
-
 class Slots:
     """Places for sequences, each filled by :meth:`admit`; :meth:`decode` gives one token of every one.
 
-    A step computes as many rows as there are sequences, rounded up to a power of two where it is captured: a graph of
-    each size is made when it is needed. On a GPU the next step is under way while the tokens of one are looked at, so
-    that the card does not wait for the host; a sequence that ends has then been decoded a token too far.
+    On a GPU the next step is under way while the tokens of one are looked at, so that the card does not wait for the
+    host; a sequence that ends has then been decoded a token too far.
 
     Their keys and values lie in pages of PAGE tokens, which a place gets as its sequence grows. When none is left, what
     was kept of finished conversations is given up; then the youngest sequence is set back: admitted again, it is read
@@ -79,7 +53,7 @@ class Slots:
         end_ids: Sequence[int],
         pages: int | None = None,
     ) -> None:
-        self.count, self.capture = count, capture
+        self.count = count
         self.width = pages_of(longest + 1)
         self.capacity = self.width * PAGE
         self.decoder = Decoder(model, operations, self.capacity)
@@ -102,21 +76,12 @@ class Slots:
 
         self.keys, self.values = cache(), cache()
         self.table = state((count, self.width), torch.int64) + SCRAP  # the pages of each place's positions
-        self.ends = state((config.vocab_size,), torch.bool)
-        self.ends[list(end_ids)] = True
-        self.places = torch.arange(count, device=self.device)
-        self.rows = self.places.clone()  # whose tokens a step decodes that is smaller than all places
-        self._order = list(range(count))  # the same, on the host
+        ends = state((config.vocab_size,), torch.bool)
+        ends[list(end_ids)] = True
+        self.step = Step(self.decoder, self.keys, self.values, self.table, ends, capture)
         self.running: dict[int, Asked] = {}  # the oldest first
         self._read: list[list[int]] = [[] for _ in range(count)]  # whose keys and values each place holds
         self._lengths = [0] * count  # of what each place holds, decoded tokens that are on their way included
-        self.tokens, self.positions, self.active = (state((count,), torch.int64) for _ in range(3))
-        self.temperatures = state((count, 1), torch.float32)
-        self.endless = state((count, 1), torch.bool)
-        self.noise: torch.Tensor | None = None  # only sampled answers need it
-        self.not_captured: str | None = None  # why there is no graph after all
-        self._graphs: dict[tuple[bool, int], Any] = {}
-        self._pool: Any = None
         pinned = self.device.type == "cuda"
         self._arrived = [torch.empty((count,), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
@@ -186,23 +151,7 @@ class Slots:
             while len(ids) - self._lengths[slot] > PROMPT_PART:
                 self._pass({slot: ids[: self._lengths[slot] + PROMPT_PART]})
         logits = self._pass(whole)
-        settings = [[slot, len(whole[slot]), one.sampling.ignore_eos] for slot, one in entries.items()]
-        at, lengths, endless = to_device(torch.tensor(settings).T, self.device)
-        temperatures = [[one.sampling.temperature] for one in entries.values()]
-        self.positions[at] = lengths
-        self.active.index_fill_(0, at, 1)
-        self.temperatures[at] = to_device(torch.tensor(temperatures), self.device)
-        self.endless[at] = endless[:, None].bool()
-        for one in entries.values():
-            if one.sampling.temperature > 0 and one.generator is None:
-                one.generator = torch.Generator(self.device).manual_seed(one.sampling.seed)
-        sampled = any(one.generator for one in entries.values())
-        if sampled and self.noise is None:
-            shape = (self.count, logits.shape[-1])
-            self.noise = torch.full(shape, 0.5, dtype=torch.float32, device=self.device)
-        self._draw(entries)
-        self.tokens[at] = chosen = self._choose(logits.float(), at, sampled)
-        return chosen.tolist()
+        return self.step.begin(logits, entries)
 
     def _pass(self, prompts: Mapping[int, Sequence[int]]) -> torch.Tensor:
         """Read what each place has not read of its prompt; logits of shape (prompts, vocabulary)."""
@@ -225,8 +174,7 @@ class Slots:
 
     def _stop(self, slot: int) -> None:
         del self.running[slot]
-        self.active[slot] = 0
-        self.temperatures[slot] = 0
+        self.step.stop(slot)
         if not self.running:
             self._under_way = None
 
@@ -302,85 +250,11 @@ class Slots:
         Who was set back for it, ``Arrival.set_back``, gets none.
         """
         set_back = self._make_room()
-        sampled = any(one.generator for one in self.running.values())
-        kind = sampled, self._line_up()
-        if self.capture and kind not in self._graphs:
-            try:
-                self._graphs[kind] = self._captured(*kind)
-            except torch.OutOfMemoryError:
-                # A larger step does what this one does, and one that samples what one does that does not.
-                larger = [(size, samples) for samples, size in self._graphs if samples >= sampled and size >= kind[1]]
-                if not larger:
-                    raise
-                self._graphs[kind] = self._graphs[min(larger)[::-1]]
-                self._pool = None  # it takes no further capture
-            except RuntimeError as error:  # a layer that waits for the device, say
-                self.capture, self.not_captured = False, str(error).splitlines()[0]
-        self._draw(self.running)
-        if self.capture:
-            self._graphs[kind].replay()
-        else:
-            self._advance(*kind)
+        self.step.run(self.running)
         for slot in self.running:
             self._lengths[slot] += 1
         self._turn = 1 - self._turn
-        return Arrival(self.tokens, self._arrived[self._turn], set_back, dict(self.running))
-
-    def _line_up(self) -> int:
-        """How many rows the next step has; those of the sequences come first, then of places that are empty."""
-        size = len(self.running)
-        if self.capture:
-            size = min(self.count, 1 << (size - 1).bit_length())
-        if size < self.count:
-            order = [*self.running, *(slot for slot in range(self.count) if slot not in self.running)]
-            if order != self._order:
-                self.rows.copy_(to_device(torch.tensor(order), self.device))
-                self._order = order
-        return size
-
-    def _advance(self, sampled: bool, size: int) -> None:
-        rows: slice | torch.Tensor = slice(None) if size == self.count else self.rows[:size]
-        tokens, positions, active, table = (one[rows] for one in (self.tokens, self.positions, self.active, self.table))
-        last = positions * active  # empty places look at one token only
-        logits = self.decoder.next_token(
-            tokens, positions, last, self.places[:size], table, self.keys, self.values
-        ).float()
-        self.tokens[rows] = self._choose(logits, rows, sampled)
-        self.positions.add_(self.active)
-
-    def _choose(self, logits: torch.Tensor, part: slice | torch.Tensor, sampled: bool) -> torch.Tensor:
-        """The likeliest tokens, or by temperature: the largest of logits with Gumbel noise is a sample."""
-        scores = logits.masked_fill(self.ends & self.endless[part], float("-inf"))
-        if sampled and self.noise is not None:
-            warm = self.temperatures[part]
-            drawn = scores / warm.clamp(min=1e-6) - (-self.noise[part].log()).log()
-            scores = torch.where(warm > 0, drawn, scores)
-        return scores.argmax(-1)
-
-    def _draw(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            generator = self.running[slot].generator
-            if generator is not None and self.noise is not None:
-                self.noise[slot].uniform_(generator=generator)
-
-    def _captured(self, sampled: bool, size: int) -> Any:
-        """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
-        kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._advance(sampled, size)
-                    self.positions.copy_(kept[1])
-            torch.cuda.current_stream().wait_stream(stream)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph, _ = captured(lambda: self._advance(sampled, size), stream, self._pool)
-        finally:
-            for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
-                tensor.copy_(value)
-        return graph
+        return Arrival(self.step.tokens, self._arrived[self._turn], set_back, dict(self.running))
 
 
 def _fitting(size: int, device: torch.device) -> int:
