@@ -115,6 +115,9 @@ def test_people_grade_whole_conversations(tmp_path, capsys) -> None:
     assert (found.votes, found.with_ties, found.decided, found.without_ties) == (4, 0.5, 2, 1.0)
     assert main(["agreement", str(file), str(grades)]) == 0
     assert "50.0 %" in capsys.readouterr().out
+    # As grades.csv of an unfinished study, and as a spreadsheet saves it.
+    grades.write_text("\n".join([*lines, "3,a,x,", "3,b,x,"]) + "\n", encoding="utf-8-sig")
+    assert agreement(load(file), load(grades)) == found
     grades.write_text("question_id,model,grade\n1,a,5\n")
     assert main(["agreement", str(file), str(grades)]) == 2
     assert "rater" in capsys.readouterr().err
