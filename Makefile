@@ -21,6 +21,7 @@ demo: setup ## quantized inference, fine-tuning, evaluation and report on the em
 	$(PY) -m llm_at_home.reporting
 
 paper: setup ## every row of the paper, what is missing of it: make paper [MODEL=smollm2_135m] [--dry-run] [ARGS="full=true"]
+	+@command -v $(PY) >/dev/null || $(PYTHON) scripts/setup.py
 	+$(PY) -m llm_at_home.tasks.paper $(if $(MODEL),model=$(MODEL)) $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run) $(ARGS)
 
 quantize: setup ## make a quantized checkpoint ahead of its use: make quantize ARGS="quant=gptq quant.bits=3"
