@@ -124,7 +124,7 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
     """
     digest = hashing.config_hash(config, resolve.ingredients(task, config))
     root = Path(config["paths"]["output"])
-    finished = None if config["rerun"] else store.find_finished(digest, root)
+    finished = None if config["rerun"] or _is_lost(task, config) else store.find_finished(digest, root)
     if finished is not None:
         if finished.resolve() != folder.resolve():
             store.write_json(folder / store.POINTER, {"folder": str(finished)})
@@ -157,6 +157,13 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
         store.mark_finished(record, folder, root)
     print(sweep.headline(record, _short(folder)))
     return record.status, record
+
+
+def _is_lost(task: str, config: Mapping[str, Any]) -> bool:
+    """Whether the cache lacks what this command makes, though its record may say that it was made once."""
+    if task == "prune":
+        return pruning.needs_making(config)
+    return task == "quantize" and base.needs_making(config)
 
 
 def _lacking(task: str, config: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
