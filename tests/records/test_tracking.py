@@ -15,7 +15,7 @@ import pytest
 
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.records.tracking import PARAMETER_LENGTH, Tracker, end_left, flatten
+from llm_at_home.records.tracking import PARAMETER_LENGTH, Tracker, described, end_left, flatten
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -90,6 +90,9 @@ def test_readings_quality_and_counts_are_metrics_and_unknown_is_none_of_them(clo
     assert metrics["exact_match"] == 0.75
     assert metrics["count_truncated"] == 3
     assert "energy_gross" not in metrics
+    note = closed.data.tags["mlflow.note.content"]
+    assert "| energy_gross | – | Wh | no counter |" in note
+    assert "| steps_per_second | 2.5 | 1/s | m |" in note
 
 
 def test_infinity_is_said_and_not_stored_as_a_figure(closed: Any, uri: str) -> None:
@@ -223,6 +226,13 @@ def test_a_store_that_breaks_during_the_run_is_noted_and_raises_nothing(uri: str
     tracker.log_step({"loss": 1.0}, 2)
     tracker.close(Record(task="infer"), tmp_path)
     assert tracker.problem == "MLflow: OSError: disk I/O error"
+
+
+def test_a_description_has_whole_lines_and_says_where_the_rest_is() -> None:
+    long = described({f"figure_{i}": Reading(float(i), "points", "a | b") for i in range(1000)})
+    assert len(long) <= 8000
+    assert long.endswith("The rest is in record.json, below Artifacts.")
+    assert "| figure_7 | 7 | points | a \\| b |" in long
 
 
 def test_flattening_loses_nothing() -> None:

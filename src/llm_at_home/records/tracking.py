@@ -18,13 +18,15 @@ from typing import Any
 from filelock import FileLock
 
 from llm_at_home.records.mlflow_view import share_view
-from llm_at_home.records.schema import Record
+from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.store import RECORD, write_json
 
 log = logging.getLogger(__name__)
 
 # MLflow's sqlite store takes parameters up to this length; longer ones are split over numbered keys.
 PARAMETER_LENGTH = 6000
+NOTE_LENGTH = 8000  # characters that MLflow takes as a tag
+MORE = "\n\nThe rest is in record.json, below Artifacts."
 #: In a run folder: which MLflow run is its copy, for whoever has to end it when its own process cannot.
 RUN = "mlflow.json"
 ARTIFACTS = ("config.yaml", RECORD, "answers.jsonl", "judgments.jsonl", "metrics.csv", "grades.csv", "tables.md")
@@ -148,12 +150,28 @@ class Tracker:
         figures = {**record.readings, **record.quality}
         known = {name: reading.value for name, reading in figures.items() if reading.value is not None}
         self._log_metrics({**known, **{f"count_{k}": float(v) for k, v in record.counts.items()}}, 0)
+        self._client.set_tag(self.run_id, "mlflow.note.content", described(figures))
         self._client.set_tag(self.run_id, "status", record.status)
         self._client.set_tag(self.run_id, "config_hash", record.config_hash)
         for name in ARTIFACTS:
             if (folder / name).is_file():
                 self._client.log_artifact(self.run_id, str(folder / name))
         self._client.set_terminated(self.run_id, "FINISHED" if record.status == "ok" else "FAILED")
+
+
+def described(figures: Mapping[str, Reading]) -> str:
+    """What MLflow's metrics cannot hold, for the run's description: each figure's unit, and why one is unknown."""
+    lines = ["| figure | value | unit | method, or why unknown |", "| --- | --- | --- | --- |"]
+    room = NOTE_LENGTH - sum(len(line) + 1 for line in lines) - len(MORE)
+    for name, reading in figures.items():
+        value, how = ("–", reading.reason) if reading.value is None else (f"{reading.value:.4g}", reading.method)
+        cells = [str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in (name, value, reading.unit, how)]
+        line = f"| {' | '.join(cells)} |"
+        room -= len(line) + 1
+        if room < 0:
+            return "\n".join(lines) + MORE
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def end_left(record: Record, folder: Path) -> None:
