@@ -21,6 +21,7 @@ demo: setup ## quantized inference, fine-tuning, evaluation and report on the em
 	$(PY) -m llm_at_home.reporting
 
 paper: setup ## every row of the paper, what is missing of it: make paper [MODEL=smollm2_135m] [--dry-run] [ARGS="full=true"]
+	+@command -v $(PY) >/dev/null || $(PYTHON) scripts/setup.py
 	+$(PY) -m llm_at_home.tasks.paper $(if $(MODEL),model=$(MODEL)) $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run) $(ARGS)
 
 quantize: setup ## make a quantized checkpoint ahead of its use: make quantize ARGS="quant=gptq quant.bits=3"
@@ -58,7 +59,7 @@ readme: setup ## write the tables of README.md, docs/quantization.md and docs/cl
 
 ui: setup ## MLflow on http://127.0.0.1:5000, and the address of its view with the columns to compare
 	@echo "compare: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=llm-at-home"
-	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_DISABLE_TELEMETRY=true $(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 rate: setup ## people grade answers, blind, on a page: make rate RUNS="FOLDER FOLDER" [STUDY=FOLDER ARGS="--raters 8"]
 	$(PY) -m llm_at_home.human.serve $(RUNS) --study $(STUDY) $(ARGS)

@@ -153,6 +153,22 @@ def test_a_grade_waits_in_the_browser_until_the_server_is_back_even_if_the_page_
     assert page.get_by_role("radio", name="4").is_checked()
 
 
+def test_a_comment_is_kept_though_the_page_is_left_while_typing(server, browser):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.links[1] + "1")
+    page.keyboard.press("3")
+    saved(page)
+    page.get_by_label("Comment").press_sequentially("half a word")
+    page.goto("about:blank")
+    page.goto(server.links[1] + "1")
+    saved(page)
+    assert page.get_by_label("Comment").input_value() == "half a word"
+    study = Study(server.study)
+    assert study.page(1, 1).item.comment == "half a word"
+    study.close()
+
+
 def test_a_grade_that_the_server_refuses_is_said_to_be_unsaved(server, browser):
     page = browser.new_page()
     page.goto(server.links[1] + "1")

@@ -12,6 +12,8 @@ import pytest
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Price, load_catalogue
+from llm_at_home.hardware.present import Gpu
+from llm_at_home.planning import __main__ as planning
 from llm_at_home.planning import advice_text, cost, measurements, speed
 from llm_at_home.planning.__main__ import answer
 from llm_at_home.planning.advice import choice
@@ -224,7 +226,7 @@ def test_a_choice_is_composed_as_hydra_does():
         (["callbacks.accumulation.steps={}"], "empty schedule"),
         (["callbacks.accumulation.steps={0: 8, 100: 0}"], "accumulation.steps=0"),
         (["trainer.accumulation={0: 8}"], "Could not override 'trainer.accumulation'"),
-        (["gpu=rtx9999"], "Could not find 'gpu/rtx9999' Available options"),
+        (["gpu=rtx9999"], "Could not find 'gpu/rtx9999' Available options.*gpu=rtx3060 gpu.memory=6.2"),
         (["prune=wanda", "prune.kernel=semi_structured"], "prune.kernel=dense"),
         (["prune=wanda", "task=chat"], "leave out prune="),
         (["engine=null"], "string or a list"),
@@ -235,16 +237,45 @@ def test_a_choice_is_composed_as_hydra_does():
         (["task=chat", "budget=much"], "budget=2000USD"),
         (["task=chat", "gpu=t4", "budget=5USD"], "a card or a budget"),
         (["task=chat", "budget=2000EUR"], "give rates.CHF, rates.USD"),
-        (["task=chat", "budget=5USD"], "buys no card"),
+        (["task=chat", "budget=5USD"], "the cheapest, gpu=rtx4060, cost 299"),
         (["task=chat", "budget=5USD", "rates.CHF=0"], "no rate"),
-        (["task=chat", "gpu=rtx4060", "model=llama3_70b"], "nothing that was tried"),
-        (["task=chat", "gpu=cpu"], "name one"),
+        (["task=chat", "gpu=rtx4060", "model=llama3_70b"], "nothing that was tried.*; there model=llama2_13b runs"),
+        (["task=finetune", "gpu=rtx3060", "gpu.memory=4.2"], "nothing that was tried.*; there model=smollm2_1_7b runs"),
+        (["task=chat", "gpu=cpu"], "name one.* on the CPU llama.cpp answers"),
+        (["task=finetune", "gpu=cpu"], "name one.* on the CPU a small model trains"),
+        (["task=talk"], "choose one of train, infer, chat, finetune"),
     ],
 )
 def test_odd_values_are_refused_in_one_line(words, said):
     with pytest.raises(Refusal, match=said) as refused:
         ask(*words)
     assert "\n" not in str(refused.value)
+
+
+def test_a_base_model_says_which_assistants_there_are_of_its_size():
+    assert "base model; assistants of its size: model=llama2_7b_chat," in ask("task=chat", "gpu=rtx4090")
+    assert "base model" not in ask("task=chat", "gpu=rtx4090", "model=qwen2_5_7b")
+    assert "base model" not in ask("task=finetune", "gpu=rtx4090")
+
+
+def present(monkeypatch, name, memory):
+    gpu = Gpu(0, name, "GPU-0", memory, (8, 6), "driver", None)
+    monkeypatch.setattr(planning, "present_gpus", lambda: (gpu,))
+
+
+def test_the_card_that_is_present_is_known_by_its_name(monkeypatch):
+    present(monkeypatch, CARDS["rtx3060"].title, 12.5)
+    assert values("task=chat")["gpu"] == "rtx3060"
+    present(monkeypatch, "NVIDIA GeForce RTX 3080", 10.4)
+    with pytest.raises(Refusal, match=r"the nearest one.*gpu=rtx4060 gpu.memory=10.40"):
+        ask("task=chat")
+    assert values("task=chat", "gpu=rtx4060", "gpu.memory=10.40")["configurations"]
+
+
+def test_help_names_the_command_that_was_typed():
+    command = [sys.executable, "-m", "llm_at_home.planning", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("python -m llm_at_home.planning ")
 
 
 def test_a_schedule_of_accumulation_and_pruned_weights_are_planned():

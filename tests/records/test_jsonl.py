@@ -49,6 +49,25 @@ def test_a_cut_at_any_byte_costs_one_row_at_most(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(whole[: ends[kept]])
 
 
+def test_rows_that_are_not_wanted_are_set_aside_and_lose_nothing(tmp_path: Path) -> None:
+    path, aside = tmp_path / "log.jsonl", tmp_path / "aside.jsonl"
+    write(path)
+    with JsonlLog(path, by_id) as log:
+        log.keep({0, 1, 2, 3, 4}, aside)
+        assert not aside.exists()
+        log.keep({1, 3}, aside)
+        assert [row["id"] for row in log.rows()] == [1, 3]
+        assert [row["id"] for row in read_jsonl(aside)] == [0, 2]
+        with pytest.raises(Refusal, match="another run"):
+            JsonlLog(path, by_id)
+        log.append({"id": "after"})
+    with JsonlLog(path, by_id) as log:
+        log.keep({0, 1}, aside)
+        assert log.rows() == [ROWS[1], ROWS[0]]
+        assert log.keys() == {0, 1}
+    assert {row["id"] for row in read_jsonl(aside)} == {0, 2, 3, "after"}
+
+
 def test_a_last_line_that_never_reached_the_disk_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     write(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
-from llm_at_home.records.tracking import PARAMETER_LENGTH, Tracker, flatten
+from llm_at_home.records.tracking import PARAMETER_LENGTH, Tracker, described, end_left, flatten
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -88,6 +90,9 @@ def test_readings_quality_and_counts_are_metrics_and_unknown_is_none_of_them(clo
     assert metrics["exact_match"] == 0.75
     assert metrics["count_truncated"] == 3
     assert "energy_gross" not in metrics
+    note = closed.data.tags["mlflow.note.content"]
+    assert "| energy_gross | – | Wh | no counter |" in note
+    assert "| steps_per_second | 2.5 | 1/s | m |" in note
 
 
 def test_infinity_is_said_and_not_stored_as_a_figure(closed: Any, uri: str) -> None:
@@ -118,6 +123,24 @@ def test_a_run_that_did_not_end_well_is_failed_in_mlflow(uri: str, tmp_path: Pat
     assert tracker.problem is None
     run = client(uri).get_run(tracker.run_id)
     assert (run.info.status, run.data.tags["status"]) == ("FAILED", "out_of_memory")
+
+
+def test_a_process_that_died_leaves_no_run_that_seems_to_go_on(uri: str, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from llm_at_home.records.tracking import Tracker\n"
+        "tracker = Tracker(sys.argv[1], 'test', 'one'); tracker.open({}, {})\n"
+        "tracker.leave(Path(sys.argv[2]))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, uri, str(tmp_path)]).returncode == -9
+    record = Record("infer", "out_of_memory", readings={"resident_set_peak": Reading(1.5, "GB", "sampled")})
+    record.error = {"type": "ProcessDied", "message": "killed"}
+    store.save(record, tmp_path)
+    end_left(record, tmp_path)
+    run = client(uri).get_run(json.loads((tmp_path / "mlflow.json").read_text())["run_id"])
+    assert (run.info.status, run.data.tags["status"]) == ("FAILED", "out_of_memory")
+    assert run.data.metrics == {"resident_set_peak": 1.5}
+    end_left(record, tmp_path / "nowhere")
 
 
 def test_a_refused_job_takes_its_run_back(uri: str) -> None:
@@ -205,6 +228,13 @@ def test_a_store_that_breaks_during_the_run_is_noted_and_raises_nothing(uri: str
     assert tracker.problem == "MLflow: OSError: disk I/O error"
 
 
+def test_a_description_has_whole_lines_and_says_where_the_rest_is() -> None:
+    long = described({f"figure_{i}": Reading(float(i), "points", "a | b") for i in range(1000)})
+    assert len(long) <= 8000
+    assert long.endswith("The rest is in record.json, below Artifacts.")
+    assert "| figure_7 | 7 | points | a \\| b |" in long
+
+
 def test_flattening_loses_nothing() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1, {"f": 2}]}) == {
         "a.b.c": "1",
@@ -214,3 +244,10 @@ def test_flattening_loses_nothing() -> None:
     exact = "y" * PARAMETER_LENGTH
     assert flatten({"k": exact}) == {"k": exact}
     assert flatten({"k": exact + "z"}) == {"k.part0": exact, "k.part1": "z"}
+
+
+def test_no_process_that_writes_to_mlflow_reports_to_its_makers(monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
+    Tracker("sqlite:////proc/nowhere/mlflow.db", "test", "one").open({}, {})
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in (Path(__file__).parents[2] / "Makefile").read_text()

@@ -120,6 +120,8 @@ def test_a_radar_has_an_outline_a_run_and_a_corner_a_category(report) -> None:
     tops = {points.split()[0] for _, points in outlines}
     assert tops == {f"200.0,{200 - 116 * share:.1f}" for share in (0.6, 0.55)}
     rates = next(chart for chart in charts if "Win rate" in chart)
+    header = (report / "figures" / "radar-judge_score_mean-0.csv").read_text().splitlines()[0]
+    assert header.startswith('run,"coding, points"')
     assert 'class="neutral"' in rates
     assert 'class="neutral"' not in scores
 

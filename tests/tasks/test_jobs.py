@@ -156,3 +156,17 @@ def test_judge_gpt4_without_a_key_is_refused(tmp_path, command):
     done = command("evaluate.py", "judge=gpt4", f"answers={folder}", model=False, OPENAI_API_KEY="")
     assert done.returncode == 2
     assert "OPENAI_API_KEY" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_the_cache_lost_is_made_again(tmp_path, command):
+    def prune(cache):
+        words = ("src/llm_at_home/tasks/prune.py", "prune=magnitude", "prune.sparsity=0.5")
+        done = command(*words, LLM_AT_HOME_CACHE=str(tmp_path / cache))
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout
+
+    assert "ok:" in prune("one")
+    assert "skipped:" in prune("one")
+    assert "ok:" in prune("another")
+    assert list((tmp_path / "another" / "pruned").glob("*/pruning.json"))

@@ -105,6 +105,23 @@ def test_answers_through_an_api_are_in_fastchat_s_fields_at_the_published_temper
     assert [message["role"] for message in second] == ["user", "assistant", "user"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"--model": "another"}, "holds answers of bound: give another file"),
+        ({"--samples": "0"}, "--samples 0 is too small"),
+        ({"--max-tokens": "0"}, "--max-tokens 0 is too small"),
+        ({"--base-url": "127.0.0.1:8080/v1"}, "give http://HOST:PORT/v1"),
+    ],
+)
+def test_answers_that_would_be_no_row_are_refused(server, answers, capsys, changed, says) -> None:
+    before = answers.read_bytes()
+    options = {"--base-url": server.base_url, "--model": "bound", "--out": str(answers), "--questions": "home_bench"}
+    assert main(["answers", *(word for pair in (options | changed).items() for word in pair)]) == 2
+    assert says in capsys.readouterr().err
+    assert answers.read_bytes() == before
+
+
 def test_any_model_s_answers_can_be_a_row(server, answers, templates, tmp_path) -> None:
     words = (*SERVER, f"judge.base_url={server.base_url}", f"judge.templates={templates}", f"answers={answers}")
     config = resolved(*words, "questions=home_bench", "limit=4")

@@ -329,6 +329,8 @@ def test_make_s_own_dry_run_asks_for_the_list():
         return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env=plain).stdout
 
     assert "-m llm_at_home.tasks.paper model=x --dry-run" in said("-n", "paper", "PY=echo", "MODEL=x")
+    # In a fresh clone, where the dry run skips what setup would do.
+    assert "\nset up scripts/setup.py\n" in said("-n", "paper", "PY=/nowhere/python", "PYTHON=echo set up")
     assert said("-o", "setup", "paper", "PY=echo").splitlines()[-1] == "-m llm_at_home.tasks.paper"
 
 

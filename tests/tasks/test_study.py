@@ -75,6 +75,8 @@ def test_the_papers_tables_stand_beside_the_published_figures(study, capsys):
     assert [record.quality[f"rater_bias/rater_{i}"].value for i in (1, 2, 3)] == [0, 1.5, -1.5]
     assert record.quality["human_grade/base"].n == 15
     assert (study.path.parent / "tables.md").read_text() in printed
+    headings = [line for line in printed.splitlines() if line.startswith("## ")]
+    assert len(headings) == len(set(headings))
 
 
 def test_missing_grades_are_counted_and_shown(study, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import hydra
@@ -20,10 +21,17 @@ from llm_at_home.planning.text import as_text, as_values
 
 OUTPUTS = ("table", "json")
 EXIT_REFUSED = 2
+# What a machine without a GPU of NVIDIA's can do instead.
+ON_CPU = {
+    advice.CHAT: "on the CPU llama.cpp answers, python infer.py mode=chat quant=gguf quant.path=FILE.gguf",
+    advice.FINETUNE: "on the CPU a small model trains, python train.py experiment=handbook",
+}
 
 
 def target_of(gpu: dict[str, Any]) -> Target:
     """What ``gpu=`` means to the planner: any card of the catalogue, present or not, or the one that is present.
+
+    A present one whose name the catalogue knows is that card, with the memory that it has here.
 
     Raises:
         Refusal: for the CPU.
@@ -34,6 +42,9 @@ def target_of(gpu: dict[str, Any]) -> Target:
         raise Refusal("the planner predicts the memory of a GPU: name one, such as gpu=rtx4090")
     present = present_gpus()
     if present:
+        known = next((card for card in load_catalogue().values() if card.title == present[0].name), None)
+        if known is not None and not present[0].mig:
+            return Target.of(replace(known, memory=present[0].memory or known.memory))
         return Target(gpu["name"], present[0].memory, present[0].compute_capability)
     if gpu["device"] == "cuda":
         raise Refusal("gpu=cuda is the GPU that is present, and none is: name a card, such as gpu=rtx4090")
@@ -59,6 +70,8 @@ def answer(composed: DictConfig, named: Collection[str] = ()) -> str:
     if config["model"]["name"] is None:
         config["model"]["name"] = str(config["model"]["source"]).rstrip("/").rpartition("/")[2]
     values.check(config)
+    if config["gpu"]["device"] == "cpu" and config["task"] in ON_CPU:
+        raise Refusal(f"what is compared needs a GPU: name one, such as gpu=rtx4090; {ON_CPU[config['task']]}")
     target, cards = target_of(config["gpu"]), list(load_catalogue().values())
     if config["task"] in advice.TASKS:
         found = advice.advise(config, target, cards, named)

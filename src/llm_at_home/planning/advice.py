@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import Card
-from llm_at_home.planning import cost, measurements, search, speed
+from llm_at_home.planning import cost, known_models, measurements, search, speed
 from llm_at_home.planning.composing import CONF
 from llm_at_home.planning.cost import Budget
 from llm_at_home.planning.plan import Target, peaks, predict, prompt_tokens, settle
@@ -66,6 +66,7 @@ class Advice:
     Attributes:
         card: that was asked for, or that the budget buys; None where each configuration has its smallest card.
         left_out: configurations that do not fit or cannot run, with why.
+        assistants: for chat with a base model, those of like size that were trained to be one.
         affordable: cards that the budget buys, with their price in its currency, dearest memory first.
         unpriced: cards that it might buy, with why that is not known.
         lacking: the rates of exchange that would tell.
@@ -82,6 +83,7 @@ class Advice:
     affordable: Sequence[tuple[Card, Reading]] = ()
     unpriced: Sequence[tuple[Card, Reading]] = ()
     lacking: Sequence[str] = ()
+    assistants: Sequence[str] = ()
 
 
 def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], named: Collection[str]) -> Advice:
@@ -103,30 +105,66 @@ def advise(config: Mapping[str, Any], target: Target, cards: Sequence[Card], nam
     if budget is not None and target.memory is not None:
         raise Refusal("give a card or a budget: leave out gpu= or budget=")
     if target.memory is not None and target.card is None:
+        memory = target.memory
+        nearest = min(cards, key=lambda card: abs(card.memory - memory))
         raise Refusal(
-            f"speed and cost are known of the catalogue's cards: name the nearest one, such as gpu={cards[0].name}"
+            "speed and cost are known of the catalogue's cards: name the nearest one with this one's memory, such as "
+            f"gpu={nearest.name} gpu.memory={memory:.2f}"
         )
     affordable, unpriced = _affordable(budget, cards) if budget else ([], [])
     lacking = budget.lacking(cards) if budget else []
     if budget and not affordable:
-        hint = f"give {', '.join(lacking)}, what one costs in {budget.currency}" if lacking else "give more"
-        raise Refusal(f"budget={config['budget']} buys no card whose price is known in {budget.currency}: {hint}")
+        raise Refusal(
+            f"budget={config['budget']} buys no card whose price is known in {budget.currency}: "
+            f"{_too_little(budget, cards, lacking)}"
+        )
     chosen = target.card or (affordable[0][0] if affordable else None)
+    pool = [chosen] if chosen else cards
     found: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
     fast = task == FINETUNE and "trainer" not in named
     for words, changed in _choices(config, named):
-        candidate, why = _candidate(words, changed, shape, [chosen] if chosen else cards, fast)
+        candidate, why = _candidate(words, changed, shape, pool, fast)
         if candidate is not None:
             found.append(candidate)
         else:
             left_out.append((" ".join(words), why))
     if not found:
         where = f"gpu={chosen.name}" if chosen else "any card of the catalogue"
-        raise Refusal(f"nothing that was tried runs {shape.name} on {where}: {left_out[-1][0]}: {left_out[-1][1]}")
+        smaller = _smaller(config, named, shape, pool, fast)
+        hint = f"; there model={smaller} runs" if smaller else ""
+        raise Refusal(
+            f"nothing that was tried runs {shape.name} on {where}: {left_out[-1][0]}: {left_out[-1][1]}{hint}"
+        )
     ranked = _ranked(found)
     api = cost.api_of_tokens(shape) if task == CHAT else Reading.unknown("USD", "fine-tuning by API is not priced here")
-    return Advice(task, shape, config, chosen, ranked, left_out, api, budget, affordable, unpriced, lacking)
+    assistants = known_models.assistants(shape) if task == CHAT and config["model"].get("chat_template") else []
+    return Advice(
+        *(task, shape, config, chosen, ranked, left_out, api, budget, affordable, unpriced, lacking, assistants)
+    )
+
+
+def _too_little(budget: Budget, cards: Sequence[Card], lacking: Sequence[str]) -> str:
+    """What to change where a budget buys nothing."""
+    prices = {card.name: budget.buys(card.price_buy).value for card in cards}
+    known = [(price, name) for name, price in prices.items() if price is not None]
+    hints = []
+    if known:
+        hints.append("the cheapest, gpu={1}, cost {0:,.0f}".format(*min(known)))
+    if lacking:
+        hints.append(f"give {', '.join(lacking)}, what one costs in {budget.currency}")
+    return "; ".join(hints)
+
+
+def _smaller(
+    config: Mapping[str, Any], named: Collection[str], shape: Shape, pool: Sequence[Card], fast: bool
+) -> str | None:
+    """The largest model of ``conf/model`` below this one of which something fits, or None."""
+    for name, group, one in known_models.smaller(shape):
+        tried = _choices({**config, "model": group}, named)
+        if any(_candidate(words, changed, one, pool, fast)[0] for words, changed in tried):
+            return name
+    return None
 
 
 def _affordable(budget: Budget, cards: Sequence[Card]) -> tuple[list[tuple[Card, Reading]], list[tuple[Card, Reading]]]:

@@ -174,6 +174,10 @@ def _notes(advice: Advice) -> list[str]:
         lines.append(
             f"API {f'unknown: {api.reason}' if api.value is None else f'{api.value:g} {api.unit} ({api.method})'}"
         )
+    if advice.assistants:
+        lines.append(
+            f"{advice.shape.name} is a base model; assistants of its size: model={', '.join(advice.assistants)}"
+        )
     if advice.left_out:
         first = "; ".join(f"{name}: {why}" for name, why in advice.left_out[:2])
         lines.append(f"left out, {len(advice.left_out)}: {first}")

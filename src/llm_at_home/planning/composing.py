@@ -13,6 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from llm_at_home.errors import Refusal
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
+OWN_CARD = (
+    "(another card of NVIDIA's: the nearest of these with your memory in GB, such as gpu=rtx3060 gpu.memory=6.2; "
+    "without one gpu=cpu)"
+)
 # Hydra's own advice to programmers, which is no part of what is wrong.
 ADVICE = ("Set the env", "Config search", "provider=", "To append", "full_key", "object_type", "reference_type")
 
@@ -27,7 +31,8 @@ def composed(command: str, words: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(command, list(words))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is null
-        raise Refusal(one_line(error)) from error
+        line = one_line(error)
+        raise Refusal(f"{line} {OWN_CARD}" if "Could not find 'gpu/" in line else line) from error
 
 
 def one_line(error: Exception) -> str:

@@ -91,7 +91,7 @@ def make(config: Mapping[str, Any], target: Target, cards: Sequence[Card]) -> Pl
         Refusal: for what cannot run at all, or what the planner does not know.
     """
     if config["task"] not in TASKS:
-        raise Refusal(f"task={config['task']} is unknown: choose one of {', '.join(TASKS)}")
+        raise Refusal(f"task={config['task']} is unknown: choose one of {', '.join(TASKS)}, chat, finetune")
     settled = settle(config, target)
     shape = Shape.of(settled["model"])
     prediction = predict(settled, target.capability)

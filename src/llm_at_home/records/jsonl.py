@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,6 +78,27 @@ class JsonlLog:
         with self._guard:
             return list(read_jsonl(self.path))
 
+    def keep(self, wanted: Set[Hashable], aside: Path) -> None:
+        """Leave only the rows with the wanted keys; the others go to the file ``aside``, and back when wanted again.
+
+        Raises:
+            OSError: when the disk refuses; no row is lost then.
+        """
+        rows = {self._key(row): row for row in self.rows()}
+        others = [row for key, row in rows.items() if key not in wanted]
+        if not others and not aside.is_file():
+            return
+        with JsonlLog(aside, self._key) as kept:
+            there = kept.keys()
+            for row in others:
+                if self._key(row) not in there:
+                    kept.append(row)
+            back = [row for row in kept.rows() if self._key(row) in wanted and self._key(row) not in rows]
+        if others:
+            self._rewrite([row for key, row in rows.items() if key in wanted])
+        for row in back:
+            self.append(row)
+
     def close(self) -> None:
         """Let go of the file and its lock; closing twice is harmless."""
         if self._fd >= 0:
@@ -91,6 +112,25 @@ class JsonlLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            # Locked before it has the name, so that no other writer gets between.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write_all(fd, b"".join(json.dumps(row).encode("ascii") + b"\n" for row in rows))
+            os.fsync(fd)
+            with self._guard:
+                os.replace(part, self.path)
+                os.close(self._fd)
+                self._fd = fd
+                self._keys = {self._key(row) for row in rows}
+        except BaseException:
+            if fd != self._fd:
+                os.close(fd)
+                part.unlink(missing_ok=True)
+            raise
 
     def _lock(self) -> None:
         try:

@@ -5,6 +5,7 @@ MLflow is a view and never the source: a failure here is reported and noted, and
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -17,13 +18,17 @@ from typing import Any
 from filelock import FileLock
 
 from llm_at_home.records.mlflow_view import share_view
-from llm_at_home.records.schema import Record
-from llm_at_home.records.store import RECORD
+from llm_at_home.records.schema import Reading, Record
+from llm_at_home.records.store import RECORD, write_json
 
 log = logging.getLogger(__name__)
 
 # MLflow's sqlite store takes parameters up to this length; longer ones are split over numbered keys.
 PARAMETER_LENGTH = 6000
+NOTE_LENGTH = 8000  # characters that MLflow takes as a tag
+MORE = "\n\nThe rest is in record.json, below Artifacts."
+#: In a run folder: which MLflow run is its copy, for whoever has to end it when its own process cannot.
+RUN = "mlflow.json"
 ARTIFACTS = ("config.yaml", RECORD, "answers.jsonl", "judgments.jsonl", "metrics.csv", "grades.csv", "tables.md")
 
 
@@ -47,6 +52,11 @@ class Tracker:
         """Create the run and log its parameters."""
         self._guard(self._open, config, tags)
 
+    def leave(self, folder: Path) -> None:
+        """Note in the run folder which run this is, for :func:`end_left`."""
+        if self.run_id:
+            write_json(folder / RUN, {"tracking_uri": self.uri, "experiment": self.experiment, "run_id": self.run_id})
+
     def log_step(self, metrics: Mapping[str, float], step: int) -> None:
         """Log figures of one optimizer step."""
         if self.run_id and not self.problem:
@@ -62,6 +72,13 @@ class Tracker:
         if self.run_id:
             self._guard(lambda: self._client.delete_run(self.run_id))
 
+    def _end_left(self, run_id: str, record: Record, folder: Path) -> None:
+        _set_environment()
+        from mlflow.tracking import MlflowClient
+
+        self._client, self.run_id = MlflowClient(self.uri), run_id
+        self._close(record, folder)
+
     def _guard(self, action: Any, *args: Any) -> None:
         try:
             action(*args)
@@ -70,9 +87,7 @@ class Tracker:
             log.warning("the run goes on without its copy in MLflow (%s)", self.problem)
 
     def _open(self, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        # A dead server should cost seconds and not minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        _set_environment()
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -135,12 +150,47 @@ class Tracker:
         figures = {**record.readings, **record.quality}
         known = {name: reading.value for name, reading in figures.items() if reading.value is not None}
         self._log_metrics({**known, **{f"count_{k}": float(v) for k, v in record.counts.items()}}, 0)
+        self._client.set_tag(self.run_id, "mlflow.note.content", described(figures))
         self._client.set_tag(self.run_id, "status", record.status)
         self._client.set_tag(self.run_id, "config_hash", record.config_hash)
         for name in ARTIFACTS:
             if (folder / name).is_file():
                 self._client.log_artifact(self.run_id, str(folder / name))
         self._client.set_terminated(self.run_id, "FINISHED" if record.status == "ok" else "FAILED")
+
+
+def described(figures: Mapping[str, Reading]) -> str:
+    """What MLflow's metrics cannot hold, for the run's description: each figure's unit, and why one is unknown."""
+    lines = ["| figure | value | unit | method, or why unknown |", "| --- | --- | --- | --- |"]
+    room = NOTE_LENGTH - sum(len(line) + 1 for line in lines) - len(MORE)
+    for name, reading in figures.items():
+        value, how = ("–", reading.reason) if reading.value is None else (f"{reading.value:.4g}", reading.method)
+        cells = [str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in (name, value, reading.unit, how)]
+        line = f"| {' | '.join(cells)} |"
+        room -= len(line) + 1
+        if room < 0:
+            return "\n".join(lines) + MORE
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def end_left(record: Record, folder: Path) -> None:
+    """End the MLflow run of a job whose process died, or ended otherwise than it thought, as its record says."""
+    if not (folder / RUN).is_file():
+        return
+    left = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    tracker = Tracker(left["tracking_uri"], left["experiment"], "")
+    tracker._guard(tracker._end_left, left["run_id"], record, folder)
+
+
+def _set_environment() -> None:
+    """Before mlflow is imported, whose process this may be alone."""
+    # A dead server should cost seconds and not minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Nothing of a private model's runs goes to anybody.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 def _metric_name(name: str) -> str:

@@ -92,15 +92,20 @@ def scored(column: Column, run: Run | None, missing: str, label: str) -> Entry:
 
 
 def figure(name: str, reading: Reading, run: Run) -> Entry:
-    """A figure among the several of an evaluation's cell."""
+    """A figure among the several of an evaluation's cell, whose column can name no unit for all of them."""
     if name in FIDELITY:
         column = by_key(QUANTIZATION, name)
         entry = column.entry(reading, run.path, FIDELITY[name])
-        return replace(entry, text=f"{entry.text} %") if column.unit == "%" and entry.value is not None else entry
+        return _with_unit(entry, column.unit)
     share = reading.unit == "1" and any(name.endswith(end) for end in ("match", "f1", "recall", "rate"))
     column = Column(name, name, unit="%" if share else None, decimals=1 if share else 2)
     entry = column.entry(reading, run.path, facts.clean(name).replace("_", " "))
-    return replace(entry, text=f"{entry.text} %") if share and entry.value is not None else entry
+    return _with_unit(entry, column.unit or reading.unit)
+
+
+def _with_unit(entry: Entry, unit: str | None) -> Entry:
+    bare = entry.value is None or unit in (None, "", "1")
+    return entry if bare else replace(entry, text=f"{entry.text} {facts.clean(unit)}")
 
 
 def steps(run: Run) -> Entry:

@@ -21,10 +21,10 @@ _KEY_LINE = 18.0
 _LABEL_LENGTH = 52
 _MOST = 6  # more outlines in one chart cannot be told apart
 _LEAST_AXES = 3
-# Figure of the whole, start of a category's name, title, end of the scale, rings, and the ring that is no difference.
+# Figure of the whole, start of a category's name, title, end of the scale, rings, the ring that is no difference, unit.
 _KINDS = (
-    ("judge_score_mean", "judge_score_", "Judge’s score by category, 1 to 10", 10.0, (2, 4, 6, 8, 10), None),
-    ("win_rate", "win_rate_", "Win rate against the baseline by category", 1.0, (0.25, 0.5, 0.75, 1), 0.5),
+    ("judge_score_mean", "judge_score_", "Judge’s score by category, 1 to 10", 10.0, (2, 4, 6, 8, 10), None, "points"),
+    ("win_rate", "win_rate_", "Win rate against the baseline by category", 1.0, (0.25, 0.5, 0.75, 1), 0.5, ""),
 )
 _NO_CATEGORY = ("mean", "turn_1", "turn_2")
 
@@ -83,7 +83,7 @@ def radars(table: Table) -> tuple[Radar, ...]:
     if table.key != "evaluations":
         return ()
     made = []
-    for whole, start, title, top, rings, neutral in _KINDS:
+    for whole, start, title, top, rings, neutral, unit in _KINDS:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in table.rows:
             reading = row.run.record.quality.get(whole) if row.run else None
@@ -92,12 +92,19 @@ def radars(table: Table) -> tuple[Radar, ...]:
                 groups.setdefault((facts.clean(reading.method), asked), []).append(row)
         for number, ((method, questions), rows) in enumerate(groups.items()):
             key = f"radar-{whole}-{number}"
-            made.append(_radar(key, f"{title}: {method}, {questions}", rows, start, top, rings, neutral))
+            made.append(_radar(key, f"{title}: {method}, {questions}", rows, start, top, rings, neutral, unit))
     return tuple(radar for radar in made if radar)
 
 
 def _radar(
-    key: str, title: str, rows: Sequence[Row], start: str, top: float, rings: Sequence[float], neutral: float | None
+    key: str,
+    title: str,
+    rows: Sequence[Row],
+    start: str,
+    top: float,
+    rings: Sequence[float],
+    neutral: float | None,
+    unit: str,
 ) -> Radar | None:
     found = [(name, row, _categories(row, start)) for name, row in zip(_distinct(rows), rows, strict=True)]
     names = sorted({category for _, _, values in found for category in values})
@@ -124,7 +131,7 @@ def _radar(
         outlines,
         _polygon([neutral / top] * len(names)) if neutral is not None else None,
         Data(
-            ("run", *names),
+            ("run", *(f"{name}, {unit}" if unit else name for name in names)),
             tuple((label, *(values[name] for name in names)) for label, _, values in shown),
             tuple(row.source for _, row, _ in shown),
         ),

@@ -33,7 +33,7 @@ def markdown(record: Record) -> str:
         if own:
             parts.append(f"## {title}\n\n" + _grades(record, own))
     parts += [
-        "## Agreement of the raters\n\n" + _agreement(record),
+        _agreement(record),
         _votes(record),
         _correlations(record),
         _notes(record),

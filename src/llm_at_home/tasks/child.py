@@ -51,7 +51,7 @@ def _run(job: dict[str, Any], folder: Path) -> int:
         return _help(task, config, folder)
     helper.mark_children()
     record = Record(task=task, config=config, config_hash=job["config_hash"], provenance=provenance.collect())
-    tracker = _open_tracker(record, job["sweep"])
+    tracker = _open_tracker(record, folder, job["sweep"])
     start = time.perf_counter()
     try:
         _prepare_card(config, record)
@@ -116,7 +116,7 @@ def _prepare_card(config: dict[str, Any], record: Record) -> None:
         record.provenance["emulation"] = capped
 
 
-def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
+def _open_tracker(record: Record, folder: Path, sweep: str | None) -> Tracker | None:
     logger = record.config["logger"]
     if logger["name"] == "none":
         return None
@@ -125,6 +125,7 @@ def _open_tracker(record: Record, sweep: str | None) -> Tracker | None:
     words = [tags[key] for key in ("task", "model", "quant", "prune", "adapter") if tags.get(key, "none") != "none"]
     tracker = Tracker(logger["tracking_uri"], logger["experiment"], " ".join(words), sweep)
     tracker.open(record.config, tags)
+    tracker.leave(folder)
     return tracker
 
 

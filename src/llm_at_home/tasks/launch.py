@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_at_home.errors import Refusal, full_traceback
 from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
-from llm_at_home.records import hashing, provenance, store
+from llm_at_home.records import hashing, provenance, store, tracking
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.tasks import judging, plugins, resolve, sweep
 from llm_at_home.tasks.process import Child, Ending
@@ -124,7 +124,7 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
     """
     digest = hashing.config_hash(config, resolve.ingredients(task, config))
     root = Path(config["paths"]["output"])
-    finished = None if config["rerun"] else store.find_finished(digest, root)
+    finished = None if config["rerun"] or _is_lost(task, config) else store.find_finished(digest, root)
     if finished is not None:
         if finished.resolve() != folder.resolve():
             store.write_json(folder / store.POINTER, {"folder": str(finished)})
@@ -145,6 +145,7 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
         (folder / store.RECORD).replace(folder / "record.previous.json")
     store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
+    (folder / tracking.RUN).unlink(missing_ok=True)
     refusal = folder / REFUSAL
     refusal.unlink(missing_ok=True)
     command = [sys.executable, "-m", "llm_at_home.tasks.child", str(folder)]
@@ -158,6 +159,13 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
     return record.status, record
 
 
+def _is_lost(task: str, config: Mapping[str, Any]) -> bool:
+    """Whether the cache lacks what this command makes, though its record may say that it was made once."""
+    if task == "prune":
+        return pruning.needs_making(config)
+    return task == "quantize" and base.needs_making(config)
+
+
 def _lacking(task: str, config: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
     """Command, kind and configuration of the making of what this job needs and the cache lacks."""
     if task != "prune" and pruning.needs_making(config):
@@ -169,10 +177,12 @@ def _lacking(task: str, config: Mapping[str, Any]) -> tuple[str, str, dict[str, 
 
 def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path, ending: Ending) -> Record:
     """The record that the child left, or one that says how it died and what it had used until then."""
+    told_otherwise = True  # in MLflow than in the record
     if (folder / store.RECORD).is_file():
         record = store.load(folder)
         if record.status == "ok":
             return record
+        told_otherwise = ending.asked == "timed_out"
         if ending.asked == "timed_out":
             record.status = "timed_out"
             record.error = {**(record.error or {}), "message": f"stopped after timeout_s={config['timeout_s']}"}
@@ -187,6 +197,8 @@ def _ensure_record(task: str, config: dict[str, Any], digest: str, folder: Path,
     tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
     record.error = {**(record.error or {}), "log": tail}
     store.save(record, folder)
+    if told_otherwise:
+        tracking.end_left(record, folder)
     return record
 
 

@@ -54,10 +54,10 @@ def test_noise_has_no_small_p_value_and_a_shift_has() -> None:
     assert permutation_p_value(noise + 1) < 0.001
 
 
-def run_folder(tmp_path, name, rows, seed):
+def run_folder(tmp_path, name, rows, seed, **judge):
     folder = tmp_path / name
     config = {"model": {"name": "m"}, "quant": {"name": "none"}, "seed": seed}
-    record = Record("evaluate", config={"task": "judge"}, subject={"config": config})
+    record = Record("evaluate", config={"task": "judge", "judge": judge}, subject={"config": config})
     store.save(record, folder)
     (folder / "judgments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -70,7 +70,14 @@ def test_two_runs_are_compared_from_the_command_line(tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "+0.500" in out
     assert "noise floor" in out
-    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["all", "turn", "turn", "math"]
+    assert "of the 3 lines below the first, one in twenty shows" in out
+    d = run_folder(tmp_path, "d", [single(q, "m", 9) for q in range(20)], 1, rating="expected")
+    assert main(["compare", str(a), str(d)]) == 2
+    assert "judge.rating=None and by expected do not compare" in capsys.readouterr().err
+    e = run_folder(tmp_path, "e", [single(q, "m", 5) for q in range(20)], 1, rating="expected")
+    assert main(["compare", str(d), str(e)]) == 0
+    assert " <0.001 " in capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:-2]] == ["all", "turn", "turn", "math"]
     c = run_folder(tmp_path, "c", [single(1, "m", 5, judge="another")], 1)
     assert main(["compare", str(a), str(c)]) == 2
     assert "two judges" in capsys.readouterr().err
@@ -115,6 +122,9 @@ def test_people_grade_whole_conversations(tmp_path, capsys) -> None:
     assert (found.votes, found.with_ties, found.decided, found.without_ties) == (4, 0.5, 2, 1.0)
     assert main(["agreement", str(file), str(grades)]) == 0
     assert "50.0 %" in capsys.readouterr().out
+    # As grades.csv of an unfinished study, and as a spreadsheet saves it.
+    grades.write_text("\n".join([*lines, "3,a,x,", "3,b,x,"]) + "\n", encoding="utf-8-sig")
+    assert agreement(load(file), load(grades)) == found
     grades.write_text("question_id,model,grade\n1,a,5\n")
     assert main(["agreement", str(file), str(grades)]) == 2
     assert "rater" in capsys.readouterr().err

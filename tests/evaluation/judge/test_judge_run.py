@@ -176,6 +176,23 @@ def test_changed_answers_and_settings_are_judged_anew(server, config, questions,
     assert (counts["judge_calls"], counts["judgments"]) == (6, 6)
 
 
+def test_judgments_of_other_answers_are_set_aside_and_come_back(server, config, questions, answers, tmp_path) -> None:
+    before, _, _ = judge_run(config, questions, answers, None, tmp_path)
+    other = json.loads(json.dumps(answers))
+    for row in other:
+        row["choices"][0]["turns"] = ["another"] * len(row["choices"][0]["turns"])
+    server.default = lambda body: server.say("[[1]]")
+    judge_run(config, questions, other, None, tmp_path)
+    assert [row["score"] for row in read_jsonl(tmp_path / "judgments.jsonl")] == [1] * 6
+    again, counts, _ = judge_run(config, questions, answers, None, tmp_path)
+    assert (again, counts["judge_calls"]) == (before, 0)
+    assert {row["score"] for row in read_jsonl(tmp_path / "judgments.jsonl")} == {7}
+    assert len(list(read_jsonl(tmp_path / "judgments.previous.jsonl"))) == 12
+    _, counts, _ = judge_run(config, questions, other, None, tmp_path)
+    assert counts["judge_calls"] == 0
+    assert len(list(read_jsonl(tmp_path / "judgments.previous.jsonl"))) == 12
+
+
 def test_a_file_cut_at_any_byte_goes_on_and_loses_one_item(server, config, questions, answers, tmp_path) -> None:
     whole, _, _ = judge_run(config, questions, answers, None, tmp_path)
     path = tmp_path / "judgments.jsonl"

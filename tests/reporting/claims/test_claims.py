@@ -36,7 +36,7 @@ def run(
     interval = (value - spread, value + spread) if spread is not None else None
     config = {
         "model": {"name": "m"},
-        "quant": {"name": quant},
+        "quant": quant if isinstance(quant, dict) else {"name": quant},
         "gpu": {"device": "cuda", "card": "H100"},
         "dtype": "float32",
     }
@@ -47,7 +47,7 @@ def run(
         provenance={"gpu": [{"name": "H100", "uuid": card}]},
         readings={name: Reading(value, unit, "clock", interval, n=2)},
     )
-    return Run(record, Path(f"results/m/{quant}/record.json"), datetime.now(UTC))
+    return Run(record, Path("results/m", str(quant), "record.json"), datetime.now(UTC))
 
 
 def found(tmp_path, runs, **changes):
@@ -104,6 +104,14 @@ def test_runs_that_differ_in_anything_else_are_no_pair(tmp_path, other):
 def test_what_may_vary_may(tmp_path):
     runs = [run("nf4", 30, 1, dtype="bfloat16"), run("none", 20, 1)]
     assert found(tmp_path, runs, varies=["dtype"]).verdict == "supported"
+
+
+def test_what_must_be_the_same_is_though_its_group_is_free(tmp_path):
+    runs = [run({"name": "nf4", "group": 64}, 30, 1), run({"name": "none", "group": 128}, 20, 1)]
+    assert found(tmp_path, runs).verdict == "supported"
+    assert found(tmp_path, runs, same=["quant.group"]).cases == ()
+    runs.append(run({"name": "none", "group": 64}, 20, 1))
+    assert len(found(tmp_path, runs, same=["quant.group"]).cases) == 1
 
 
 def test_cases_that_disagree_leave_it_undecided(tmp_path):
@@ -187,6 +195,7 @@ def test_a_ratio_s_interval_turns_round_with_the_ratio():
         ({"figure": None}, "figure: is missing"),
         ({"a": {"quant": {"name": "nf4"}}}, r"a\.quant: must be a value"),
         ({"varies": "dtype"}, "varies: must be a list"),
+        ({"same": "dtype"}, "same: must be a list"),
     ],
 )
 def test_a_malformed_claim_is_refused_with_file_and_key(tmp_path, change, hint):

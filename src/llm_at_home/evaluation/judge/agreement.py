@@ -242,11 +242,14 @@ def _of(model: str, key: Pair, points_of_first: float) -> float:
 
 def _people(path: Path) -> Source:
     source = Source(str(path), by_turn=False)
-    with path.open(newline="", encoding="utf-8") as file:
+    # Spreadsheets begin their files with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise Refusal(f"{path} lacks the column {missing[0]}: people's grades have {', '.join(COLUMNS)}")
         for number, row in enumerate(reader, 2):
+            if row["grade"] == "":
+                continue  # an answer that this rater has not graded, as in grades.csv of an unfinished study
             try:
                 key = (int(row["question_id"]), _ALL_TURNS, row["model"])
                 grade = float(row["grade"])

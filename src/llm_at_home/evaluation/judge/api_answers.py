@@ -6,8 +6,10 @@ import hashlib
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from llm_at_home.data.questions import load_questions
+from llm_at_home.errors import Refusal
 from llm_at_home.evaluation.judge.client import JudgeClient
 from llm_at_home.evaluation.judge.settings import api_key
 from llm_at_home.generation.reply import temperature_for
@@ -22,9 +24,11 @@ def answer(options: Any) -> str:
             ``temperature`` and ``samples`` of the command line.
 
     Raises:
-        Refusal: for questions or a key that are not there.
+        Refusal: for questions or a key that are not there, numbers and addresses that make no sense, and a file that
+            holds another model's answers.
         JudgeError: when the server does not answer; what was answered is kept.
     """
+    _check(options)
     known = options.questions in ("mt_bench", "home_bench")
     questions = load_questions(
         options.questions if known else "path", path=None if known else options.questions, limit=options.limit
@@ -33,6 +37,9 @@ def answer(options: Any) -> str:
     asked = 0
     with JsonlLog(Path(options.out), key=lambda row: row["question_id"]) as log:
         done = log.keys()
+        others = {str(row.get("model_id")) for row in log.rows()} - {options.model}
+        if others:
+            raise Refusal(f"{options.out} holds answers of {', '.join(sorted(others))}: give another file with --out")
         for question in questions:
             if question.question_id in done:
                 continue
@@ -54,6 +61,15 @@ def answer(options: Any) -> str:
                 }
             )
     return f"{options.out}: {asked} questions answered by {options.model}, {len(questions) - asked} were there"
+
+
+def _check(options: Any) -> None:
+    for name in ("samples", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: give at least 1")
+    address = urlsplit(options.base_url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise Refusal(f"--base-url {options.base_url} is no address: give http://HOST:PORT/v1")
 
 
 def _converse(client: JudgeClient, question: Any) -> list[str]:

@@ -19,7 +19,10 @@ from llm_at_home.records.jsonl import read_jsonl
 from llm_at_home.records.schema import Record
 
 PERMUTATIONS = 10_000
+LEAST_P = 0.001  # below which a terminal shows no more digits
 _SEED = 0
+# What of the group judge decides which scale its scores are on.
+SAME_JUDGE = ("rating", "grammar", "references", "templates", "temperature")
 # What two runs of one model under two seeds share.
 _SAME = ("model", "quant", "dtype", "adapter_path", "questions", "limit")
 
@@ -116,11 +119,15 @@ def compare(a: JudgedRun, b: JudgedRun) -> list[Difference]:
     """Overall, each turn's and each category's difference.
 
     Raises:
-        Refusal: when another judge, or none of the same questions, is behind the other run.
+        Refusal: when another judge, one asked otherwise, or none of the same questions is behind the other run.
     """
     judges = [{row["judge"][0] for row in run.rows} for run in (a, b)]
     if judges[0] != judges[1]:
         raise Refusal(f"scores of two judges do not compare: {sorted(judges[0])} and {sorted(judges[1])}")
+    for key in SAME_JUDGE:
+        values = [(run.record.config.get("judge") or {}).get(key) for run in (a, b)]
+        if values[0] != values[1]:
+            raise Refusal(f"scores by judge.{key}={values[0]} and by {values[1]} do not compare: judge both alike")
     found = [compare_rows(a.rows, b.rows)]
 
     def part(what: str, key: str, value: Any) -> Difference | None:
@@ -150,9 +157,15 @@ def as_text(differences: list[Difference], control: bool) -> str:
     for one in differences:
         ends = f"[{one.interval95[0]:+.3f}, {one.interval95[1]:+.3f}]" if one.interval95 else "unknown: one question"
         seen = f"{one.detectable:.3f}" if one.detectable is not None else "-"
+        p = f"{one.p_value:.3f}" if one.p_value >= LEAST_P else f"<{LEAST_P}"
         lines.append(
-            f"{one.what:<12} {one.a:>7.3f} {one.b:>7.3f} {one.difference:>+8.3f}  {ends:<20} {one.p_value:>6.3f} "
+            f"{one.what:<12} {one.a:>7.3f} {one.b:>7.3f} {one.difference:>+8.3f}  {ends:<20} {p:>6} "
             f"{seen:>11} {one.n:>4} {one.missing}"
+        )
+    if len(differences) > 1:
+        lines.append(
+            f"each p and interval is of its line alone: of the {len(differences) - 1} lines below the first, one in "
+            "twenty shows a difference by chance"
         )
     if control:
         lines.append("one model under two seeds: these differences are the noise floor, smaller ones are nothing")

@@ -20,6 +20,8 @@ from llm_at_home.records.jsonl import JsonlLog
 from llm_at_home.records.schema import Reading
 
 JUDGMENTS = "judgments.jsonl"
+#: Judgments that a folder holds of other answers or another judge, which are no part of its record.
+PREVIOUS = "judgments.previous.jsonl"
 
 
 @dataclass
@@ -72,6 +74,7 @@ def grade(config: Mapping[str, Any], items: Sequence[Item], folder: Path) -> Gra
     counts, budget, lost = Counts(), _budget(config), []
     with ExitStack() as stack:
         log = stack.enter_context(JsonlLog(folder / JUDGMENTS, key=judgment_key))
+        log.keep(wanted, folder / PREVIOUS)
         done = log.keys()
         pending = [item for item in items if item.key not in done]
         if pending:
@@ -91,8 +94,7 @@ def grade(config: Mapping[str, Any], items: Sequence[Item], folder: Path) -> Gra
             except JudgeError as error:
                 error.counts, error.costs = _counts(counts), {"judge_cost": budget.reading()}
                 raise
-        # The file may hold judgments of other answers or another judge; they are not this run's.
-        graded.rows = [row for row in log.rows() if judgment_key(row) in wanted] + lost
+        graded.rows = log.rows() + lost
     graded.counts = _counts(counts)
     graded.costs = {"judge_cost": budget.reading()}
     return graded

@@ -62,6 +62,7 @@
   async function send(position, entry) {
     const response = await request(base + position, {
       method: "POST",
+      keepalive: true, // a page that is closed still sends what it began to
       headers: { Accept: "application/json" },
       body: new URLSearchParams({ grade: entry.grade, comment: entry.comment, form_token: entry.formToken }),
     });
@@ -181,6 +182,11 @@
   comment.addEventListener("input", () => {
     clearTimeout(typing);
     typing = setTimeout(save, TYPING_PAUSE);
+  });
+  // What was typed within the pause before the page is left or the phone put away.
+  addEventListener("pagehide", save);
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) save();
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();

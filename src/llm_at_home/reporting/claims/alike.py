@@ -38,12 +38,13 @@ def matching(claim: Claim, loaded: Loaded, side: Mapping[str, Any]) -> list[Run]
 
 
 def pairs(claim: Claim, loaded: Loaded) -> list[tuple[Run, Run]]:
-    """Every two matching runs with the same conditions but for what tells a from b, and ``varies``."""
+    """Every two matching runs alike but for what tells a from b and ``varies``; they share what ``same`` names."""
     free = {key.removeprefix("subject.").split(".")[0] for key in (*claim.a, *claim.b)} | set(claim.varies)
     groups: dict[str, tuple[list[Run], list[Run]]] = defaultdict(lambda: ([], []))
     for number, side in enumerate((claim.a, claim.b)):
         for run in matching(claim, loaded, side):
-            groups[_conditions(run.record, free, claim.figure)][number].append(run)
+            shared = [_value(run.record, key) for key in claim.same]
+            groups[_conditions(run.record, free, claim.figure, shared)][number].append(run)
     return [(a, b) for sides in groups.values() for a in sides[0] for b in sides[1] if a is not b]
 
 
@@ -68,7 +69,7 @@ def _value(record: Record, key: str) -> Any:
     return facts.at(record.subject, "config", *names) if value is None else value
 
 
-def _conditions(record: Record, free: set[str], figure: str) -> str:
+def _conditions(record: Record, free: set[str], figure: str, shared: list[Any]) -> str:
     subject = facts.at(record.subject, "config")
     config = flatten({"own": record.config, "subject": subject if isinstance(subject, dict) else {}})
     left_out = {*_NO_CONDITION, *free}
@@ -78,7 +79,7 @@ def _conditions(record: Record, free: set[str], figure: str) -> str:
     if _depends_on_machine(record, figure):
         cards = record.provenance.get("gpu") or []
         machine += [record.provenance.get("platform"), *(facts.at(card, "uuid") for card in cards)]
-    return json.dumps([record.task, kept, machine], sort_keys=True, default=str)
+    return json.dumps([record.task, kept, machine, shared], sort_keys=True, default=str)
 
 
 def _under(key: str, names: set[str]) -> bool:

@@ -14,7 +14,7 @@ from llm_at_home.errors import Refusal
 
 EFFECTS = ("value", "difference", "ratio")
 KEYS = (
-    *("claim", "source", "reading", "figure", "per", "effect", "records", "a", "b", "varies"),
+    *("claim", "source", "reading", "figure", "per", "effect", "records", "a", "b", "varies", "same"),
     *("below", "above"),
 )
 
@@ -37,6 +37,7 @@ class Claim:
         a: what the first run is besides.
         b: what the second one is besides; empty with ``effect: value``.
         varies: further keys, or groups, that the two may differ in.
+        same: keys that the two share all the same, though ``a``, ``b`` or ``varies`` frees their group.
         below: the claim holds below this, in the figure's unit; None without such a bound.
         above: the claim holds above this.
     """
@@ -53,6 +54,7 @@ class Claim:
     a: Mapping[str, Any]
     b: Mapping[str, Any]
     varies: tuple[str, ...]
+    same: tuple[str, ...]
     below: float | None
     above: float | None
 
@@ -143,6 +145,7 @@ class _Parser:
             a,
             b,
             self._names("varies"),
+            self._names("same"),
             below,
             above,
         )
