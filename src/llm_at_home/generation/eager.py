@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.generation.reply import COLDEST, Reply, Sampling
 from llm_at_home.quantization.base import describe_kernel
 
 
@@ -131,7 +131,8 @@ class EagerEngine:
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, **options: Any) -> torch.Tensor:
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+            warm = max(sampling.temperature, COLDEST)
+            chosen = {"do_sample": True, "temperature": warm, "top_p": 1.0, "top_k": 0, "min_p": None}
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             return self.model.generate(

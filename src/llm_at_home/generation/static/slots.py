@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llm_at_home.generation.reply import Sampling
+from llm_at_home.generation.reply import COLDEST, Sampling
 from llm_at_home.generation.static.layers import Decoder, Segment, to_device
 from llm_at_home.generation.static.pages import PAGE, SCRAP, Pages, pages_of
 from llm_at_home.hardware.capture import captured
@@ -292,7 +292,7 @@ class Slots:
         scores = logits.masked_fill(self.ends & self.endless[part], float("-inf"))
         if sampled and self.noise is not None:
             warm = self.temperatures[part]
-            drawn = scores / warm.clamp(min=1e-6) - (-self.noise[part].log()).log()
+            drawn = scores / warm.clamp(min=COLDEST) - (-self.noise[part].log()).log()
             scores = torch.where(warm > 0, drawn, scores)
         return scores.argmax(-1)
 
