@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import Any, TextIO
 
+from llm_at_home.errors import Refusal
 from llm_at_home.generation.reply import OTHER_TEMPERATURE, Sampling
 from llm_at_home.models.chat import prompt_ids
 
@@ -68,7 +69,12 @@ class Chat:
         sampling = Sampling(self.engine.max_new_tokens, temperature, self.seed)
         self.seed += 1
         prompt = prompt_ids(self.engine.tokenizer, self.messages)
-        reply = self.engine.reply(prompt, sampling, on_text=self._say, should_stop=lambda: self._stop)
+        try:
+            reply = self.engine.reply(prompt, sampling, on_text=self._say, should_stop=lambda: self._stop)
+        except Refusal as refusal:
+            self.messages.pop()
+            self._say(f"({refusal}; or /reset)\n")
+            return
         self._say("\n" if reply.finish_reason != "stopped" else " (stopped)\n")
         self.messages.append({"role": "assistant", "content": reply.text})
 
