@@ -81,5 +81,6 @@ def _serve_file(config: Mapping[str, Any]) -> None:
 
 
 def _announce(models: Iterable[str], options: Mapping[str, Any], engine: str) -> None:
-    print(f"{', '.join(models)} at http://{options['host']}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)
+    host = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+    print(f"{', '.join(models)} at http://{host}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)
     print(engine, flush=True)
