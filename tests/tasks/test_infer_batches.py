@@ -70,6 +70,30 @@ def asked(engine: EagerEngine, questions: list[Any], folder: Path, size: int, re
     return made, [{key: value for key, value in row.items() if key != "tstamp"} for row in rows]
 
 
+@pytest.mark.parametrize("of_random_ids", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_warm_up_makes_the_cache_and_the_graphs_of_the_measured_phase(
+    loaded, questions, tmp_path, monkeypatch, size, of_random_ids
+) -> None:
+    """On a GPU a new cache is a graph captured anew, whose time would be in the figures."""
+    from llm_at_home.generation import graph
+    from llm_at_home.generation.static.slots import Slots
+
+    made: list[Slots] = []
+    graphs: set[bool] = set()  # that a GPU would have captured: whether tokens are sampled
+    advance = Slots._advance
+    monkeypatch.setattr(graph, "Slots", lambda *args: made.append(Slots(*args)) or made[-1])
+    monkeypatch.setattr(Slots, "_advance", lambda self, sampled: graphs.add(sampled) or advance(self, sampled))
+    engine = graph.GraphEngine(*loaded, max_new_tokens=260, batch_size=size, warmup_tokens=2)
+    turns: Any = QuestionTurns(questions[:3], "m", 0, size)
+    if of_random_ids:
+        turns = RandomTurns(3, 8, engine.vocabulary, 0, size)
+    infer._warm_up(engine, turns)
+    warm = list(made), set(graphs)
+    turns.answer(engine, tmp_path, 0)
+    assert (made, graphs) == warm
+
+
 @pytest.mark.parametrize("size", [2, 4, 16])
 def test_greedy_answers_are_those_of_one_by_one_in_the_same_order(engine, questions, tmp_path, size) -> None:
     engine.temperature = 0.0

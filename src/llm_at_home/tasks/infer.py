@@ -145,17 +145,23 @@ def _turns(config: Mapping[str, Any], engine: Any, run_id: str) -> QuestionTurns
 
 
 def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
-    """One batch of the measured size: kernels are chosen and compiled, memory is taken, clocks rise."""
+    """One batch of the measured size: kernels are chosen and compiled, memory is taken, clocks rise.
+
+    An engine with a graph gets one batch more where some questions are answered greedily and some are not: each kind
+    has a graph of its own, which would else be captured in the measured phase.
+    """
     from llm_at_home.generation.reply import Sampling
 
     start = time.perf_counter()
-    prompts, sampling = turns.first_prompts(engine), Sampling(engine.warmup_tokens, ignore_eos=True)
-    if turns.streams(engine):
-        # As long as the measured ones, so that the cache and its graph are those of the measured phase.
-        requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
-        list(engine.stream(requests, longest=turns.longest(engine)))
+    prompts = turns.first_prompts(engine)
+    if hasattr(engine, "stream") and not engine.eager_because:
+        # As long as the measured ones, so that the cache and its graphs are those of the measured phase.
+        for temperature in turns.kinds(engine):
+            sampling = Sampling(engine.warmup_tokens, temperature, ignore_eos=True)
+            requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
+            list(engine.stream(requests, longest=turns.longest(engine)))
     else:
-        ask(engine, prompts, sampling)
+        ask(engine, prompts, Sampling(engine.warmup_tokens, ignore_eos=True))
     return Reading(time.perf_counter() - start, "s", "clock", n=1)
 
 
