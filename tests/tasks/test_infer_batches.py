@@ -192,6 +192,17 @@ def test_a_batched_runs_record_says_what_its_figures_are_of(spread, tmp_path) ->
     assert record.notes == ["engine.batch_size=4: 2 of 4 batches were smaller, down to 1"]
 
 
+def test_a_record_says_when_a_conversation_outgrew_the_model(loaded) -> None:
+    from llm_at_home.generation.reply import Reply
+
+    engine = EagerEngine(*loaded, max_new_tokens=TOKENS)
+    known = loaded[0].config.max_position_embeddings
+    whole, longer = (Reply("", [1, 2], known - 2 + more, "length") for more in (0, 1))
+    assert infer._too_long([whole], engine) == []
+    (note,) = infer._too_long([whole, longer], engine)
+    assert note.startswith(f"1 of 2 turns went beyond the {known} tokens that the model knows")
+
+
 def test_a_batch_of_none_is_refused(spread) -> None:
     with pytest.raises(Refusal, match=r"engine\.batch_size=0"):
         resolve.check("infer", config_of(spread, "engine.batch_size=0"))

@@ -70,7 +70,7 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
         record.notes.append(
             f"{turns.kept} questions were answered before this run was interrupted; its figures are of the others"
         )
-    record.notes += _smaller_batches(passes[0], turns.batch_size)
+    record.notes += _smaller_batches(passes[0], turns.batch_size) + _too_long(replies, engine)
     record.counts |= {
         "batches": sum(len(one) for one in passes),
         "turns": len(replies),
@@ -163,6 +163,21 @@ def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
     else:
         ask(engine, prompts, Sampling(engine.warmup_tokens, ignore_eos=True))
     return Reading(time.perf_counter() - start, "s", "clock", n=1)
+
+
+def _too_long(replies: Sequence[Any], engine: Any) -> list[str]:
+    """A note where a conversation went on beyond the positions that the model was trained on; llama.cpp refuses it."""
+    known = context_of(engine.model) if hasattr(engine, "model") else None
+    beyond = sum(reply.prompt_tokens + len(reply.tokens) > known for reply in replies) if known else 0
+    if not beyond:
+        return []
+    hint = "their answers are worth little: give a smaller engine.max_new_tokens"
+    return [f"{beyond} of {len(replies)} turns went beyond the {known} tokens that the model knows, and {hint}"]
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens of the longest conversation that a model of transformers knows, or None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _smaller_batches(batches: Sequence[Sequence[Any]], size: int) -> list[str]:
