@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_at_home.errors import Refusal
 from llm_at_home.generation.chat import WELCOME, Chat
 from llm_at_home.generation.eager import EagerEngine
+from llm_at_home.models.chat import prompt_ids
 
 
 @pytest.fixture
@@ -172,18 +172,14 @@ def test_the_former_handler_is_restored_when_the_engine_fails(engine, monkeypatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_line_that_an_engine_refuses_is_forgotten_and_the_conversation_goes_on(engine, monkeypatch) -> None:
-    answer = engine.reply
-
-    def reply(prompt: Any, *arguments: Any, **options: Any) -> Any:
-        if len(prompt) > 100:
-            raise Refusal(f"a prompt of {len(prompt)} tokens is longer than engine.context=100: raise it")
-        return answer(prompt, *arguments, **options)
-
-    monkeypatch.setattr(engine, "reply", reply)
-    chat, out = talk(engine, "Hello\n" + "long " * 200 + "\nAnd you?\n")
-    assert [m["content"] for m in chat.messages[::2]] == ["Hello", "And you?"]
-    assert "tokens is longer than engine.context=100: raise it; or /reset)" in out
+def test_a_line_that_the_context_cannot_hold_is_forgotten_and_the_conversation_goes_on(engine, monkeypatch) -> None:
+    prompt = len(prompt_ids(engine.tokenizer, [{"role": "user", "content": "Hello"}]))
+    monkeypatch.setattr(type(engine), "context", prompt + 3)
+    chat, out = talk(engine, "long " * 200 + "\nHello\nAnd you?\n")
+    assert [m["content"] for m in chat.messages[::2]] == ["Hello"]
+    assert out.count(f"tokens and the model knows {prompt + 3}: /reset)") == 2
+    assert len(engine.reply(prompt_ids(engine.tokenizer, chat.messages[:1]), sampling(engine)).tokens) == 6
+    assert 1 <= len(engine.tokenizer(chat.messages[1]["content"])["input_ids"]) <= 3
 
 
 def test_a_real_terminal_is_read_by_input_and_control_d_leaves(engine, monkeypatch) -> None:

@@ -72,6 +72,11 @@ class EagerEngine:
         return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
 
     @property
+    def context(self) -> int | None:
+        """Tokens of the longest conversation that the model knows, or None where it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return self.model.config.vocab_size

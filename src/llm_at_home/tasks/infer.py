@@ -166,18 +166,13 @@ def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
 
 
 def _too_long(replies: Sequence[Any], engine: Any) -> list[str]:
-    """A note where a conversation went on beyond the positions that the model was trained on; llama.cpp refuses it."""
-    known = context_of(engine.model) if hasattr(engine, "model") else None
+    """A note where a conversation went on beyond the positions that the model was trained on."""
+    known = engine.context
     beyond = sum(reply.prompt_tokens + len(reply.tokens) > known for reply in replies) if known else 0
     if not beyond:
         return []
     hint = "their answers are worth little: give a smaller engine.max_new_tokens"
     return [f"{beyond} of {len(replies)} turns went beyond the {known} tokens that the model knows, and {hint}"]
-
-
-def context_of(model: Any) -> int | None:
-    """Tokens of the longest conversation that a model of transformers knows, or None where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _smaller_batches(batches: Sequence[Sequence[Any]], size: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_at_home.tasks import logs
-from llm_at_home.tasks.infer import context_of, load_engine
+from llm_at_home.tasks.infer import load_engine
 
 CONTEXT = 4096  # where neither the user nor the model says less
 
@@ -47,7 +47,7 @@ def _serve_model(config: Mapping[str, Any]) -> None:
     for name, path in config["adapters"].items():
         add_saved(engine.model, path, name)
         models[name] = name
-    context = options["context"] or min(CONTEXT, context_of(engine.model) or CONTEXT)
+    context = options["context"] or min(CONTEXT, engine.context or CONTEXT)
     with Scheduler(engine, context, options["queue"]) as scheduler:
         chosen = {} if engine.temperature is None else {"temperature": engine.temperature}
         service = Service(scheduler, models, options["api_key"], engine.max_new_tokens, **chosen)
