@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llm_at_home.generation.reply import COLDEST, Reply, Sampling
+from llm_at_home.models.chat import end_of_turn
 from llm_at_home.quantization.base import describe_kernel
 
 
@@ -40,6 +41,7 @@ class EagerEngine:
         self.temperature = temperature
         self.batch_size = batch_size
         self.warmup_tokens = warmup_tokens
+        self._end_of_turn = end_of_turn(tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Which linear layers run, by class and backend, for the record."""
@@ -67,9 +69,10 @@ class EagerEngine:
 
     @property
     def end_ids(self) -> set[int]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: the model's own, and the chat template's at the end of a turn."""
         eos = self.model.generation_config.eos_token_id
-        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+        own = set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+        return own if self._end_of_turn is None else own | {self._end_of_turn}
 
     @property
     def context(self) -> int | None:
@@ -146,6 +149,7 @@ class EagerEngine:
                 max_new_tokens=sampling.max_new_tokens,
                 min_new_tokens=sampling.max_new_tokens if sampling.ignore_eos else None,
                 pad_token_id=self._pad_id(),
+                eos_token_id=sorted(self.end_ids) or None,
                 repetition_penalty=1.0,
                 **chosen,
                 **options,
