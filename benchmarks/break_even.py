@@ -8,7 +8,8 @@ Rows, each one run in a process of its own: ``nothing`` (the bare question), ``r
 BM25 finds, or all of them, in the system message), and ``fine_tuned`` (the bare question to the model with an adapter).
 The first three have the same instruction; the fourth was trained to answer so. Questions are asked one by one. Without
 ``--adapter``, ``train.py experiment=handbook`` makes one first and leaves its record as ``train`` (the weights go to
-``multirun/break_even``). What is there is not run again: the same command goes on where it stopped.
+``multirun/break_even``, and are needed until ``fine_tuned`` has answered). What is there is not run again: the same
+command goes on where it stopped.
 
 Fine-tuning costs F once and f a question; prompting costs p a question. After n questions they have cost F + n f and
 n p, so fine-tuning is the cheaper one from
@@ -224,10 +225,11 @@ def is_there(kept: Path, run: Path) -> bool:
 def measure(args: argparse.Namespace) -> int:
     """Run what is not there yet; 1 when something left no usable record."""
     adapter = args.adapter or WEIGHTS / args.out.name
-    if args.adapter is None and not is_there(args.out / TRAIN, common.ROOT / adapter):
-        words = ["train.py", "experiment=handbook", "logger=none", "rerun=true", *args.overrides]
-        subprocess.run([sys.executable, *words, f"hydra.run.dir={adapter}"], cwd=common.ROOT, check=False)
-    store.save(store.load(common.ROOT / adapter), args.out / TRAIN)
+    if not all(common.status(args.out / name) == "ok" for name in (TRAIN, TUNED)):
+        if args.adapter is None and not is_there(args.out / TRAIN, common.ROOT / adapter):
+            words = ["train.py", "experiment=handbook", "logger=none", "rerun=true", *args.overrides]
+            subprocess.run([sys.executable, *words, f"hydra.run.dir={adapter}"], cwd=common.ROOT, check=False)
+        store.save(store.load(common.ROOT / adapter), args.out / TRAIN)
     if common.status(args.out / TRAIN) != "ok":
         print(f"{TRAIN}: {facts.error_line(store.load(args.out / TRAIN))}", file=sys.stderr)
         return 1

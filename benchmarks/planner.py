@@ -37,16 +37,21 @@ MEMORY = ("torch_allocated_peak", "torch_reserved_peak", "process_memory_peak")
 
 
 def table(folders: list[Path]) -> str:
-    """Predicted and measured peaks of the records below these folders, as Markdown."""
+    """Predicted and measured peaks of the records below these folders, as Markdown.
+
+    A row is named by its folder too where several folders have one of its name.
+    """
     titles = ["row"]
     for key in MEMORY:
         titles += [f"{key.replace('_', ' ')} (GB)", "predicted", "error (%)"]
     lines = [[*titles, "peak at"]]
     worst: dict[str, list[float]] = {key: [] for key in MEMORY}
-    for path in [path for folder in folders for path in sorted(folder.glob("*/record.json"))]:
-        record = store.load(path.parent)
+    found = [path.parent for folder in folders for path in sorted(folder.glob("*/record.json"))]
+    clash = len({path.name for path in found}) < len(found)
+    for path in found:
+        record, row = store.load(path), f"{path.parent.name}/{path.name}" if clash else path.name
         if record.status != "ok":
-            lines.append([f"{path.parent.name} ({record.status})", *[common.DASH] * (3 * len(MEMORY) + 1)])
+            lines.append([f"{row} ({record.status})", *[common.DASH] * (3 * len(MEMORY) + 1)])
             continue
         prediction = predict(record)
         said = dict(zip(MEMORY, (prediction.allocated, prediction.reserved, prediction.process), strict=True))
@@ -59,7 +64,7 @@ def table(folders: list[Path]) -> str:
             error = 100 * (said[key] / 1e9 / reading.value - 1)
             worst[key].append(abs(error))
             cells += [f"{reading.value:.2f}", f"{said[key] / 1e9:.2f}", f"{error:+.1f}"]
-        lines.append([path.parent.name, *cells, prediction.moment])
+        lines.append([row, *cells, prediction.moment])
     summary = [f"{key}: largest error {max(found):.1f} %, n = {len(found)}" for key, found in worst.items() if found]
     return "\n".join([common.markdown(lines), "", *summary])
 

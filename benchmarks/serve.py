@@ -7,9 +7,10 @@
     python benchmarks/serve.py --table FOLDER
 
 Starts ``infer.py mode=serve`` with the words after ``--``, asks it through the ``openai`` client, every stream a
-question of its own, twice (the first pass warms it up), and ends it. A stream that leaves after its first token is
-among them, and the endpoint must be idle afterwards. Times are the client's, each piece of text a token or a few.
-Every stream has a process: the client takes 0.4 ms for a piece, and threads, which take turns, would be what is timed.
+question of its own, twice, and ends it. The first pass warms it up, with answers that end in turn. A stream that leaves
+after its first token is among them, and the endpoint must be idle afterwards. Times are the client's, each piece of
+text a token or a few. Every stream has a process: the client takes 0.4 ms for a piece, and threads, which take turns,
+would be what is timed.
 ``--shape`` writes a folder with Llama-2-7B's configuration and the embedded model's tokenizer, which with random
 weights serves noise at a 7B's speed.
 """
@@ -116,12 +117,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 time.sleep(0.2)
         ready = time.perf_counter() - begun
         model = look(address, "/v1/models")["data"][-1]["id"]
-        asking = partial(ask, address, model, tokens=args.tokens)
+        asking = partial(ask, address, model)
+        streams = range(1, args.streams + 1)
+        in_turn = [max(1, args.tokens * number // args.streams) for number in streams]
         with ProcessPoolExecutor(args.streams + 1, initializer=import_module, initargs=("openai",)) as pool:
-            for _ in range(2):
+            for lengths in (in_turn, [args.tokens] * args.streams):
                 start = time.perf_counter()
                 left = pool.submit(leave, address, model)
-                found = list(pool.map(asking, range(1, args.streams + 1)))
+                found = list(pool.map(asking, streams, lengths))
                 seconds = time.perf_counter() - start
                 left.result()
         end = time.monotonic() + 30

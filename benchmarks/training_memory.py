@@ -19,6 +19,7 @@ import rows as common
 
 from llm_at_home.records import store
 from llm_at_home.records.schema import Record
+from llm_at_home.reporting import facts
 
 REFERENCE = "one_batch"
 SPLIT = ["data.batch_size=1", "callbacks.accumulation.steps=4"]
@@ -52,13 +53,17 @@ HEADLINE = ("steps_per_second", *MEMORY, "loss_last")
 
 
 def table(folder: Path) -> str:
-    """The records below a folder as a Markdown table, time and memory as ratios to the reference's."""
+    """The records below a folder as a Markdown table, time and memory as ratios to the reference's.
+
+    A row of another machine than the reference's has no ratio of time: two hosts with one kind of card differ by half.
+    """
     there = {name: store.load(folder / name) for name in ALL if common.status(folder / name) is not None}
     reference = there.get(REFERENCE)
     lines = [["choice", "resident set, peak (GB)", "torch allocated, peak (GB)", "peak / one batch's"]]
     lines[0] += ["seconds a step / one batch's", "loss, last step"]
     for name, record in there.items():
-        pace = _ratio(reference, record, "steps_per_second")  # steps a second: the reference's over this one's
+        beside = reference if reference and facts.machine(reference) == facts.machine(record) else None
+        pace = _ratio(beside, record, "steps_per_second")  # steps a second: the reference's over this one's
         peak = next((key for key in reversed(MEMORY[:2]) if common.has(record, key)), MEMORY[0])
         lines.append(
             [

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from llm_at_home.generation.static.slots import Slots
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
@@ -27,3 +29,15 @@ def model(tiny_model: Path) -> Any:
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     return loaded
+
+
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is launched before the tokens of one are looked at, as on a GPU, or not."""
+    made = Slots.__init__
+
+    def init(self: Slots, *given: Any) -> None:
+        made(self, *given)
+        self.ahead = request.param
+
+    monkeypatch.setattr(Slots, "__init__", init)

@@ -10,9 +10,11 @@ from llm_at_home.generation.eager import EagerEngine
 from llm_at_home.generation.graph import GraphEngine
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.static import pages, slots
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
 from llm_at_home.generation.static.pages import PAGE, Pages
-from llm_at_home.generation.static.slots import Asked, Slots
+from llm_at_home.generation.static.slots import Slots
+from llm_at_home.generation.static.step import Step
 from llm_at_home.models.chat import prompt_ids
 
 TOKENS = 24
@@ -49,6 +51,7 @@ def test_greedy_tokens_are_the_eager_engines(
     assert [graph.reply(prompt, Sampling(TOKENS)).tokens for prompt in prompts] == expected
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_finished_answers_place_is_filled_and_nothing_changes(
     graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], count: int
@@ -61,6 +64,7 @@ def test_a_finished_answers_place_is_filled_and_nothing_changes(
     assert [found[i].prompt_tokens for i in range(4)] == [len(prompt) for prompt in prompts]
 
 
+@pytest.mark.usefixtures("ahead")
 def test_an_answer_may_be_followed_by_another(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     def then(key: Any, reply: Any) -> Any:
         if isinstance(key, tuple):
@@ -137,7 +141,7 @@ def accounted(room: Slots) -> list[int]:
     return sorted([*room.pages._free, *(page for held in room.pages.held for page in held)])
 
 
-@pytest.mark.usefixtures("short_pages")
+@pytest.mark.usefixtures("ahead", "short_pages")
 @pytest.mark.parametrize("spare", [0, 3, 10, None])
 def test_with_few_pages_answers_are_set_back_and_stay_the_same(
     graph: GraphEngine, model: Any, prompts: list[list[int]], spare: int | None, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +185,7 @@ def test_with_few_pages_answers_are_set_back_and_stay_the_same(
     assert len(room.pages._free) == room.pages.count - 1
 
 
-@pytest.mark.usefixtures("short_pages")
+@pytest.mark.usefixtures("ahead", "short_pages")
 def test_a_stream_that_is_left_gives_its_pages_back(model: Any, prompts: list[list[int]]) -> None:
     engine = GraphEngine(model, None, TOKENS, batch_size=2, pages=30)
     going = engine.stream([(i, (prompt, Sampling(2 + 20 * (i % 2)))) for i, prompt in enumerate(prompts)])
@@ -216,6 +220,7 @@ def test_pages_kept_for_longest_are_given_up_first() -> None:
     assert Pages(2, 1).available == 2
 
 
+@pytest.mark.usefixtures("ahead")
 def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     free = graph.reply(prompts[1], Sampling(TOKENS)).tokens
     eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [free[5]]
@@ -236,6 +241,7 @@ def test_an_answer_ends_at_the_end_token(graph: GraphEngine, model: Any, prompts
         model.generation_config.eos_token_id = eos
 
 
+@pytest.mark.usefixtures("ahead")
 def test_sampled_answers_depend_on_their_own_seed_alone(graph: GraphEngine, prompts: list[list[int]]) -> None:
     alone = graph.reply(prompts[2], Sampling(TOKENS, 0.8, seed=7)).tokens
     assert graph.reply(prompts[2], Sampling(TOKENS, 0.8, seed=8)).tokens != alone
@@ -248,13 +254,14 @@ def test_sampled_answers_depend_on_their_own_seed_alone(graph: GraphEngine, prom
 def test_samples_follow_the_softmax(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:
     n, warm = 800, 1.0
     slots = graph._room(1, 64)
-    slots.admit({0: Asked(prompts[0], Sampling(2, warm, seed=5))})
+    asked = Asked(prompts[0], Sampling(2, warm, seed=5))
+    slots.admit({0: asked})
     with torch.inference_mode():
         logits = model(torch.tensor([prompts[0]])).logits[:, -1].float()
         counts = torch.zeros(logits.shape[-1])
         for _ in range(n):
-            slots._draw([0])
-            counts[int(slots._choose(logits, slice(0, 1), True))] += 1
+            slots.step._draw([(0, asked)])
+            counts[int(slots.step._choose(logits, slice(0, 1), True))] += 1
     slots.release(0)
     expected = (logits[0] / warm).softmax(-1)
     top = expected.topk(5).indices
@@ -274,6 +281,7 @@ def test_the_cache_grows_by_pages_and_stays(graph: GraphEngine, prompts: list[li
     assert graph._slots.capacity == 2 * PAGE
 
 
+@pytest.mark.usefixtures("ahead")
 def test_an_answer_can_be_stopped_and_streams(graph: GraphEngine, prompts: list[list[int]]) -> None:
     pieces: list[str] = []
     whole = graph.reply(prompts[1], Sampling(TOKENS), pieces.append)
@@ -349,14 +357,52 @@ def test_int8_says_why_no_graph_is_captured() -> None:
 def test_a_graph_that_cannot_be_captured_is_done_without(
     graph: GraphEngine, model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(self: Slots, sampled: bool) -> Any:
+    def captured(self: Step, sampled: bool, size: int) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(Slots, "_captured", captured)
+    monkeypatch.setattr(Step, "_captured", captured)
     graph.capture = True
     (expected,) = eager_tokens(model, tokenizer, prompts[1:2])
     assert graph.reply(prompts[1], Sampling(TOKENS)).tokens == expected
     assert graph.describe()["engine"].endswith("no graph, since operation not permitted when stream is capturing")
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize(("capture", "expected"), [(None, {5, 4, 3, 2, 1}), (1, {5, 4, 2, 1}), (4, {5, 4})])
+def test_a_step_has_as_many_rows_as_sequences_run(
+    graph: GraphEngine,
+    prompts: list[list[int]],
+    capture: int | None,
+    expected: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where steps are captured, ``capture`` is the smallest for which there is memory."""
+
+    class Replayed:
+        def __init__(self, step: Any) -> None:
+            self.replay = step
+
+    def captured(self: Step, sampled: bool, size: int) -> Any:
+        if size < (capture or 0):
+            raise torch.OutOfMemoryError
+        return Replayed(lambda: self._advance(sampled, size))
+
+    asked = [(prompt, Sampling(4 * i + 2, 0.9 * (i % 2), seed=i)) for i, prompt in enumerate([*prompts, prompts[0]])]
+    alone = [graph.reply(*one).tokens for one in asked]
+    monkeypatch.setattr(Step, "_captured", captured)
+    graph.close()
+    graph.capture = capture is not None
+    room = graph._room(5, 200)
+    sizes: list[int] = []
+    next_token = room.decoder.next_token
+    monkeypatch.setattr(
+        room.decoder, "next_token", lambda tokens, *rest: (sizes.append(len(tokens)), next_token(tokens, *rest))[1]
+    )
+    found = dict(graph.stream(enumerate(asked), 5, 199))
+    assert [found[i].tokens for i in range(5)] == alone
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes) == expected
+    assert len(sizes) == len(alone[-1]) - 1  # the longest answer's
 
 
 def test_joining_adds_no_memory_and_keeps_the_layers(graph: GraphEngine, model: Any, prompts: list[list[int]]) -> None:

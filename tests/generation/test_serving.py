@@ -87,6 +87,7 @@ def test_the_openai_client_gets_the_engine_s_answer_whole_and_in_pieces(engine: 
         assert pieces[-1].usage.completion_tokens == TOKENS
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("few", [False, True])
 def test_many_ask_at_once_and_each_gets_its_own_answer(
     model: Any, tokenizer: Any, few: bool, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +134,7 @@ def raw(address: str, body: dict[str, Any], sent: int | None = None) -> socket.s
     return connection
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_is_not_answered_any_more(engine: Any, stream: bool) -> None:
     with served(engine, **FOREVER) as address:

@@ -34,12 +34,17 @@ def test_a_replay_reads_its_inputs_anew(where):
 def test_a_capture_that_fails_leaves_stream_and_memory_as_they_were(where):
     a = torch.ones(2048, 2048, device="cuda")
     on(where[0], lambda: a @ a)
+    float((a @ a)[0, 0])  # each stream's products keep a workspace of 32 MiB from the first on
+    before = torch.cuda.get_rng_state()
+    draws = torch.rand(8, device="cuda")
+    torch.cuda.set_rng_state(before)
     torch.cuda.empty_cache()
     held, stream = torch.cuda.memory_reserved(), torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
         captured(lambda: float((a @ a).sum()), *where)  # asks the device for a number
     assert torch.cuda.current_stream() == stream
     assert float((a @ a)[0, 0]) == 2048
+    assert torch.equal(torch.rand(8, device="cuda"), draws)  # as if nothing had been tried
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= held + 2**24
     graph, _ = captured(lambda: a @ a, where[0], torch.cuda.graph_pool_handle())

@@ -15,7 +15,7 @@ from llm_at_home.hardware.catalogue import load_catalogue
 from llm_at_home.planning.plan import Target, make
 from llm_at_home.planning.search import choose, largest
 from llm_at_home.planning.training import predict_training
-from llm_at_home.tasks import planned
+from llm_at_home.tasks import fast, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = load_catalogue()
@@ -35,6 +35,18 @@ def test_parts_add_up_to_what_torch_reserves(plan):
     assert total == pytest.approx(made.figures["predicted_torch_reserved_peak"].value)
     assert {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"} <= set(made.parts)
     assert all(reading.method for reading in made.figures.values())
+
+
+@pytest.mark.parametrize(("precision", "dtype", "saved"), [("bf16-mixed", "bfloat16", 4), ("16-mixed", "float16", 0)])
+def test_a_fused_step_is_planned_as_the_run_makes_it(plain, precision, dtype, saved):
+    words = ["model=llama2_7b", "quant=nf4", "memory=smallest", "data.max_length=256", f"dtype={dtype}"]
+    words += ["callbacks.accumulation.steps=1"]
+    config = plain("train", *words, "trainer.fused=true")
+    assert predict_training(config).moment == "the optimizer's step"
+    usual = predict_training({**config, "trainer": {**config["trainer"], "fused": False}})
+    settled = fast.settle({**config, "trainer": {**config["trainer"], "precision": precision}})
+    assert predict_training(config).allocated == predict_training(settled).allocated
+    assert usual.allocated - predict_training(config).allocated == saved * usual.trained
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(plan, plain):

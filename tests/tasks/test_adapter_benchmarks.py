@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_at_home.errors import Refusal
+from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import published
 from llm_at_home.tasks import resolve
@@ -48,6 +49,7 @@ def script(name: str) -> ModuleType:
         ("handbook", "two_core_cpu/handbook", "adapters.md"),
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
         ("training_memory", "h100/training_memory", "memory.md"),
+        ("training_memory", "h100/training_memory_nf4", "memory.md"),
         ("pruning", "two_core_cpu/pruning", "pruning.md"),
         ("convergence", "two_core_cpu/convergence", "memory.md"),
         ("judging", "two_core_cpu/mt_bench", "judging.md"),
@@ -116,6 +118,29 @@ def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_o
         assert refusal("train", [*memory.PROTOCOL[1:], *words]) is not None
     for words, rates in convergence.METHODS.values():
         assert refusal("train", [*convergence.PROTOCOL[1:], *words, f"optimizer.lr={rates[0]}"]) is None
+
+
+def test_a_choice_s_time_is_told_beside_a_reference_of_the_same_card_alone(tmp_path):
+    memory = script("training_memory")
+
+    def keep(name, card, peak, rate):
+        readings = {
+            "torch_allocated_peak": Reading(peak, "GB", "torch_peak"),
+            "steps_per_second": Reading(rate, "steps/s", "synchronized_clock"),
+        }
+        gpu = {"name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-{card}-cc14-8c09-734a-f1cbfddc67f3"}
+        store.save(Record("train", provenance={"gpu": [gpu]}, readings=readings), tmp_path / name)
+
+    keep("one_batch", "9375caf1", 20.0, 4.0)
+    keep("checkpointing_full", "9375caf1", 15.0, 2.0)
+    keep("offload", "2de27754", 10.0, 1.0)
+    assert [line.split(" | ")[3:5] for line in memory.table(tmp_path).splitlines()[2:]] == [
+        ["1.00", "1.00"],
+        ["0.75", "2.00"],
+        ["0.50", memory.common.DASH],
+    ]
+    (tmp_path / "one_batch" / store.RECORD).unlink()
+    assert all(line.split(" | ")[3:5] == [memory.common.DASH] * 2 for line in memory.table(tmp_path).splitlines()[2:])
 
 
 def test_the_rows_that_others_read_are_those_of_the_files():

@@ -184,6 +184,22 @@ def test_weights_of_another_run_are_not_taken_for_those_of_the_record(script, tm
     assert not script.is_there(kept, run)
 
 
+def test_weights_are_not_made_again_once_they_have_answered(script, main, tmp_path, monkeypatch) -> None:
+    store.save(trained(None), tmp_path / "train")
+    store.save(asked(30, 10, (0.5, 0.4, 0.6), None), tmp_path / "fine_tuned")
+    ran = []
+
+    def run_row(name, words, folder, headline, keep):
+        ran.append(name)
+        store.save(asked(30, 10, (0.5, 0.4, 0.6), None), folder / name)
+        return name
+
+    monkeypatch.setattr(script.common, "run_row", run_row)
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: pytest.fail("trains again"))
+    assert main("--out", tmp_path) == 0
+    assert ran == ["all", "retrieved", "nothing"]
+
+
 @pytest.mark.parametrize("machine", ["two_core_cpu", "h100"])
 def test_the_page_s_tables_are_those_of_the_committed_records(script, machine) -> None:
     blocks = script.table(ROOT / "results" / machine / "break_even").split("\n\n")

@@ -78,12 +78,13 @@ def test_the_warm_up_makes_the_cache_and_the_graphs_of_the_measured_phase(
     """On a GPU a new cache is a graph captured anew, whose time would be in the figures."""
     from llm_at_home.generation import graph
     from llm_at_home.generation.static.slots import Slots
+    from llm_at_home.generation.static.step import Step
 
     made: list[Slots] = []
     graphs: set[bool] = set()  # that a GPU would have captured: whether tokens are sampled
-    advance = Slots._advance
+    advance = Step._advance
     monkeypatch.setattr(graph, "Slots", lambda *args: made.append(Slots(*args)) or made[-1])
-    monkeypatch.setattr(Slots, "_advance", lambda self, sampled: graphs.add(sampled) or advance(self, sampled))
+    monkeypatch.setattr(Step, "_advance", lambda self, *kind: graphs.add(kind[0]) or advance(self, *kind))
     engine = graph.GraphEngine(*loaded, max_new_tokens=260, batch_size=size, warmup_tokens=2)
     turns: Any = QuestionTurns(questions[:3], "m", 0, size)
     if of_random_ids:

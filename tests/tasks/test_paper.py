@@ -199,6 +199,24 @@ def test_time_and_energy_of_an_h100_are_scaled_from_its_records():
     assert trained.energy.value == pytest.approx(100 * each / 3600)
 
 
+@pytest.mark.parametrize("name", ["infer nf4", "train q_lora"])
+def test_the_same_run_again_is_estimated_to_take_as_long_starting_included(name):
+    task, row = name.split()
+    config = of(task, f"experiment=[paper/{row},{'table1' if task == 'infer' else 'table3'}]")
+    found = estimate(task, config, needs_making=False)
+    assert found.record == f"h100/paper_published/{row}"
+    record = store.load(ROOT / "results" / found.record)
+    assert found.time.value == pytest.approx(record.provenance["seconds"])
+    known = record.readings["load_time"].value + record.readings["warmup_time"].value
+    record.provenance.pop("seconds")  # a record that does not know it
+    bare = evidence.Measured(record, found.record)
+    pace = record.readings[evidence.RATES[task]].value
+    units = 750 if task == "infer" else 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "committed", lambda results=None: (bare,))
+        assert estimate(task, config, needs_making=False).time.value == pytest.approx(known + units / pace)
+
+
 def test_what_no_record_tells_is_unknown_with_a_reason():
     found = estimate("infer", of("infer", "experiment=paper/gptq_2", "model=llama2_13b"), needs_making=True)
     assert found.time.value is None
@@ -227,6 +245,66 @@ def test_what_is_scaled_to_the_paper_s_steps_is_apart_and_says_from_how_many(pro
     assert row.published["energy_wh"] == 7990
     whole = Record("train", "ok", record.config, readings=record.readings, counts={"optimizer_steps": 15000})
     assert summary.row(run, "ok", "", whole, None).extrapolated == {}
+
+
+PUBLISHED = ROOT / "results/h100/paper_published"
+PAGE = (ROOT / "docs/paper.md").read_text().splitlines()
+
+
+def test_the_page_s_tables_of_the_h100_are_those_of_the_records(progress):
+    planned = [run for run in progress(*RANDOM, "rows=published").planned if (PUBLISHED / run.name).is_dir()]
+    assert len(planned) == len(list(PUBLISHED.glob("*/record.json"))) == 10
+    made = summary.as_markdown(
+        [summary.row(run, "ok", "", store.load(PUBLISHED / run.name), None) for run in planned]
+    ).splitlines()
+    tables = [line for line in made[: made.index("## Tables II and IV: people's grades, 1 to 5")] if line[:1] == "|"]
+    assert len(tables) == 14
+    assert [line for line in tables if line not in PAGE] == []
+    kept = (PUBLISHED / summary.TEXT).read_text().splitlines()
+    assert [line for line in tables if line not in kept] == []
+
+
+def test_the_page_says_where_the_h100_s_time_went_and_what_other_hosts_gave():
+    def found(folder):
+        return {
+            path.parent.name: store.load(path.parent) for path in (ROOT / "results/h100" / folder).glob("*/record.json")
+        }
+
+    def value(record, name):
+        reading = record.readings.get(name)
+        return reading.value if reading else 0.0
+
+    ours, one, three = found("paper_published"), found("table1"), found("table3")
+    earlier = json.loads((ROOT / "results/h100/paper/paper.json").read_text())["rows"]
+    earlier = {
+        row["run"]: row["measured"]["tokens_per_second"]["value"]
+        for row in earlier
+        if "tokens_per_second" in row["measured"]
+    }
+    expected = []
+    for task, title in (("infer", "Table I, three answers of 250 tokens each"), ("train", "Table III, 12 steps each")):
+        runs = [record for record in ours.values() if record.task == task]
+        whole = sum(record.provenance["seconds"] for record in runs)
+        warm, load, energy = (
+            sum(value(record, name) for record in runs) for name in ("warmup_time", "load_time", "energy_gross")
+        )
+        timed = sum(
+            value(record, "measured_time") or record.readings["steps_per_second"].n / value(record, "steps_per_second")
+            for record in runs
+        )
+        seconds = [f"{each:.0f}" for each in (whole, timed, warm, load, whole - timed - warm - load)]
+        expected.append(" | ".join([f"| {title}", str(len(runs)), *seconds, f"{energy:.1f} |"]))
+    for name, record in ours.items():
+        if record.task == "infer":
+            speeds = [value(one[f"{name}_b1"], "decode_tokens_per_second"), earlier[name]]
+            speeds.append(value(record, "decode_tokens_per_second"))
+            expected.append(" | ".join([f"| {name}", "tokens/s", *(f"{each:.1f}" for each in speeds)]) + " |")
+        else:
+            adapter, base = record.config["adapter"]["name"], record.config["quant"]["name"]
+            kind = f"{adapter}_nf4" if base == "nf4" else f"{name}_float32"
+            before, now = (value(each, "steps_per_second") for each in (three[kind], record))
+            expected.append(f"| {name} | steps/s | {before:.3f} | – | {now:.3f} |")
+    assert [line for line in expected if line not in PAGE] == []
 
 
 def test_grades_that_nobody_gave_are_unknown_beside_the_published_ones(progress):

@@ -13,8 +13,9 @@ import torch
 
 from llm_at_home.generation.eager import EagerEngine, TokenClock
 from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
-from llm_at_home.generation.static.slots import Asked, Slots
+from llm_at_home.generation.static.slots import Slots
 
 
 class GraphEngine(EagerEngine):
@@ -66,8 +67,8 @@ class GraphEngine(EagerEngine):
 
     def _engine(self) -> str:
         graph = "one CUDA graph a step" if self.capture else "no graph"
-        if self._slots is not None and self._slots.not_captured:
-            graph = f"no graph, since {self._slots.not_captured}"
+        if self._slots is not None and self._slots.step.not_captured:
+            graph = f"no graph, since {self._slots.step.not_captured}"
         return f"static cache, {self.kernels} kernels, {graph}"
 
     def use_adapter(self, name: str | None) -> None:
@@ -104,15 +105,11 @@ class GraphEngine(EagerEngine):
         clock.put(torch.tensor(tokens))
         ends = set() if sampling.ignore_eos else self.end_ids
         stopped = False
-        # The next step runs on the card while this one's token is looked at.
-        ahead = slots.launch() if sampling.max_new_tokens > 1 else None
-        while ahead is not None and tokens[-1] not in ends:
+        while tokens[-1] not in ends and len(tokens) < sampling.max_new_tokens:
             stopped = bool(should_stop and should_stop())
             if stopped:
                 break
-            arriving = ahead
-            ahead = slots.launch() if len(tokens) + 1 < sampling.max_new_tokens else None
-            tokens += arriving.wait()
+            tokens.append(slots.decode()[1][0])
             clock.put(torch.tensor(tokens[-1:]))
         clock.end()
         slots.release(0)
@@ -180,12 +177,12 @@ class GraphEngine(EagerEngine):
                     free = [slot for slot in free if slot not in running]
                 if not running:
                     continue
-                arrival = slots.launch()
-                waiting += [running.pop(slot) for slot in arrival.set_back]
-                tokens = arrival.wait()
+                set_back, tokens = slots.decode()
+                waiting += [running.pop(slot) for slot in set_back]
                 now = time.perf_counter()
-                for slot, one in list(running.items()):
-                    one.add(tokens[slot], now)
+                for slot, token in tokens.items():
+                    one = running[slot]
+                    one.add(token, now)
                     if one.is_done(ends):
                         del running[slot]
                         slots.release(slot)

@@ -13,7 +13,8 @@ _failed: list[Any] = []  # which an allocator still has an address of
 def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
     """A function's work as a graph.
 
-    ``torch.cuda.graph`` would leave its stream the current one when a capture fails, and the allocator in a capture.
+    When a capture fails, ``torch.cuda.graph`` would leave its stream the current one, and the allocator and the
+    generator of random numbers in a capture.
 
     Args:
         function: must have run on the stream before, so that nothing is compiled or chosen now.
@@ -32,6 +33,8 @@ def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, 
     gc.collect()
     torch.cuda.empty_cache()  # what ran before this kept is free, and the graph's pool cannot use it
     graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    draws = generator.clone_state()
     with torch.cuda.stream(stream):
         # Threads of autograd take part; those that only watch the card may go on.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -39,6 +42,7 @@ def captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, 
             found = function()
         except BaseException:
             _give_up(graph, pool)
+            generator.graphsafe_set_state(draws)  # its own would refuse to draw outside a capture from here on
             raise
         graph.capture_end()
     return graph, found

@@ -42,7 +42,7 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
     trained = sum(size * count for size, count in tensors.items())
     full = adapters.kind(config["adapter"]) == "full"
     each = BYTES[config["dtype"]] if full else 4  # PEFT keeps adapters in float32, whatever the base is in
-    optimizer = optimizer_memory(config["optimizer"], tensors, each)
+    optimizer = optimizer_memory(_optimizer(config), tensors, each)
     scores = ADALORA_SCORES * 4 * trained if adapters.kind(config["adapter"]) == adapters.ADALORA else 0
     static = {
         "weights": model_bytes(shape, config["quant"], config["dtype"]),
@@ -69,6 +69,13 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
         trained=trained,
         notes=tuple(_notes(config, shape, batch)),
     )
+
+
+def _optimizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer with ``trainer.fused`` handed on to it, as a run's settled configuration has it already."""
+    trainer = config.get("trainer") or {}
+    mixed16 = (trainer.get("precision") or ("16-mixed" if config["dtype"] == "float16" else "")) == "16-mixed"
+    return {**config["optimizer"], **({"fused": True} if trainer.get("fused") and not mixed16 else {})}
 
 
 def batch_of(config: Mapping[str, Any]) -> Batch:

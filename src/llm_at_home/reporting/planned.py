@@ -48,8 +48,8 @@ def table(loaded: Loaded) -> Table | None:
         "The planner against the card",
         "What the installed planner says of a run's configuration alone, and what was measured. Its two constants "
         "(allocator and CUDA context) are fitted to one folder of training and one of inference runs, which "
-        "docs/planner.md names: for those rows it is a fit, for all others a prediction. Runs on real data are left "
-        "out: they take less than their longest conversation would.",
+        "docs/planner.md names: for those rows, and for the same made again elsewhere, it is a fit, for all others a "
+        "prediction. Runs on real data are left out: they take less than their longest conversation would.",
         _COLUMNS,
         tuple(rows),
         MARK_NOTES,

@@ -13,7 +13,7 @@ import yaml
 from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.reporting import load, write_report
-from llm_at_home.reporting.claims import LEDGER, __main__, claim, effect, findings, page
+from llm_at_home.reporting.claims import LEDGER, __main__, alike, claim, effect, findings, page
 from llm_at_home.reporting.claims.effect import Estimate
 from llm_at_home.reporting.load import Loaded, Run
 
@@ -218,6 +218,19 @@ def test_every_shipped_claim_names_a_figure_that_some_record_has():
     claims = claim.read_all([LEDGER])
     assert len(claims) >= 40
     assert {one.figure for one in claims} | {one.per for one in claims if one.per} <= names
+
+
+def test_what_is_claimed_of_four_bits_is_tested_on_four_bits():
+    loaded = load.load([ROOT / "results"])
+    seen = set()
+    for one in claim.read_all([LEDGER]):
+        if not re.search(r"\bfour[- ]bits?\b", one.claim.lower()):
+            continue
+        for run in alike.matching(one, loaded, one.a):
+            config = run.record.config if run.record.task == "infer" else {}
+            seen |= {one.name} if config else set()
+            assert config.get("quant", {}).get("bits", 4) == 4, (one.name, run.path)
+    assert len(seen) >= 4
 
 
 def test_the_report_has_the_ledger_with_links_to_its_runs(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.serving.text import Detokenizer, Stops
-from llm_at_home.generation.static.slots import Asked
+from llm_at_home.generation.static.asked import Asked
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +141,12 @@ class Scheduler:
         if not self._running:
             return
         slots = self.engine.places(self.context)
-        arrival = slots.launch()
-        for slot in arrival.set_back:
+        set_back, tokens = slots.decode()
+        for slot in set_back:
             self._waiting.appendleft(self._running.pop(slot))
-        tokens = arrival.wait()
-        for slot, answer in list(self._running.items()):
-            answer.take(tokens[slot])
+        for slot, token in tokens.items():
+            answer = self._running[slot]
+            answer.take(token)
             self._end_if_done(slots, slot, answer)
 
     def _drop_who_left(self) -> None:

@@ -1,18 +1,17 @@
-"""Sequences that are decoded together, a token each a step: their cache, and the step as a CUDA graph."""
+"""Sequences that are decoded together: their places, and the pages of their keys and values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from llm_at_home.generation.reply import COLDEST, Sampling
+from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Decoder, Segment, to_device
 from llm_at_home.generation.static.pages import PAGE, SCRAP, Pages, pages_of
-from llm_at_home.hardware.capture import captured
+from llm_at_home.generation.static.step import Step
 
 PROMPT_PART = 4096  # tokens of prompts that are read at once, which bounds the memory of their activations
 SEEN_PART = 32768  # tokens that these attend to, known ones included, which bounds the memory of what is gathered
@@ -20,32 +19,11 @@ SEEN_PART = 32768  # tokens that these attend to, known ones included, which bou
 RESERVE_BYTES = 5e9
 
 
-@dataclass(eq=False)
-class Asked:
-    """A prompt and its answer so far.
-
-    Args:
-        prompt: token ids.
-        sampling: how its tokens are chosen; its seed is its own, whatever is read or decoded beside it.
-        tokens: of the answer; who asked adds them as they come.
-        generator: of its samples, from the first on.
-        reused: tokens of the prompt that were not read, since an earlier turn's were known.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    tokens: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
-    reused: int = 0
-
-    @property
-    def so_far(self) -> list[int]:
-        """What is to be read before the next token can be told."""
-        return [*self.prompt, *self.tokens]
-
-
 class Slots:
-    """Places for sequences, each filled by :meth:`admit`; :meth:`launch` decodes one token of every one.
+    """Places for sequences, each filled by :meth:`admit`; :meth:`decode` gives one token of every one.
+
+    On a GPU the next step is under way while the tokens of one are looked at, so that the card does not wait for the
+    host; a sequence that ends has then been decoded a token too far.
 
     Their keys and values lie in pages of PAGE tokens, which a place gets as its sequence grows. When none is left, what
     was kept of finished conversations is given up; then the youngest sequence is set back: admitted again, it is read
@@ -75,7 +53,7 @@ class Slots:
         end_ids: Sequence[int],
         pages: int | None = None,
     ) -> None:
-        self.count, self.capture = count, capture
+        self.count = count
         self.width = pages_of(longest + 1)
         self.capacity = self.width * PAGE
         self.decoder = Decoder(model, operations, self.capacity)
@@ -98,22 +76,17 @@ class Slots:
 
         self.keys, self.values = cache(), cache()
         self.table = state((count, self.width), torch.int64) + SCRAP  # the pages of each place's positions
-        self.ends = state((config.vocab_size,), torch.bool)
-        self.ends[list(end_ids)] = True
-        self.places = torch.arange(count, device=self.device)
+        ends = state((config.vocab_size,), torch.bool)
+        ends[list(end_ids)] = True
+        self.step = Step(self.decoder, self.keys, self.values, self.table, ends, capture)
         self.running: dict[int, Asked] = {}  # the oldest first
         self._read: list[list[int]] = [[] for _ in range(count)]  # whose keys and values each place holds
         self._lengths = [0] * count  # of what each place holds, decoded tokens that are on their way included
-        self.tokens, self.positions, self.active = (state((count,), torch.int64) for _ in range(3))
-        self.temperatures = state((count, 1), torch.float32)
-        self.endless = state((count, 1), torch.bool)
-        self.noise: torch.Tensor | None = None  # only sampled answers need it
-        self.not_captured: str | None = None  # why there is no graph after all
-        self._graphs: dict[bool, Any] = {}
-        self._pool: Any = None
         pinned = self.device.type == "cuda"
         self._arrived = [torch.empty((count,), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
+        self.ahead = self.device.type == "cuda"  # a CPU would only be later with every token
+        self._under_way: Arrival | None = None
 
     def choose(self, asked: Iterable[Asked], free: Iterable[int]) -> list[int]:
         """Places for the first of those who ask, as many as are read in one pass; none where pages are wanting.
@@ -178,23 +151,7 @@ class Slots:
             while len(ids) - self._lengths[slot] > PROMPT_PART:
                 self._pass({slot: ids[: self._lengths[slot] + PROMPT_PART]})
         logits = self._pass(whole)
-        settings = [[slot, len(whole[slot]), one.sampling.ignore_eos] for slot, one in entries.items()]
-        at, lengths, endless = to_device(torch.tensor(settings).T, self.device)
-        temperatures = [[one.sampling.temperature] for one in entries.values()]
-        self.positions[at] = lengths
-        self.active.index_fill_(0, at, 1)
-        self.temperatures[at] = to_device(torch.tensor(temperatures), self.device)
-        self.endless[at] = endless[:, None].bool()
-        for one in entries.values():
-            if one.sampling.temperature > 0 and one.generator is None:
-                one.generator = torch.Generator(self.device).manual_seed(one.sampling.seed)
-        sampled = any(one.generator for one in entries.values())
-        if sampled and self.noise is None:
-            shape = (self.count, logits.shape[-1])
-            self.noise = torch.full(shape, 0.5, dtype=torch.float32, device=self.device)
-        self._draw(entries)
-        self.tokens[at] = chosen = self._choose(logits.float(), at, sampled)
-        return chosen.tolist()
+        return self.step.begin(logits, entries)
 
     def _pass(self, prompts: Mapping[int, Sequence[int]]) -> torch.Tensor:
         """Read what each place has not read of its prompt; logits of shape (prompts, vocabulary)."""
@@ -217,13 +174,19 @@ class Slots:
 
     def _stop(self, slot: int) -> None:
         del self.running[slot]
-        self.active[slot] = 0
-        self.temperatures[slot] = 0
+        self.step.stop(slot)
+        if not self.running:
+            self._under_way = None
 
     def _grow(self, slot: int, tokens: int) -> None:
         """Let a place hold so many tokens, whatever others have kept."""
         for other in self.pages.grow(slot, pages_of(tokens)):
             self._read[other] = []
+
+    def _is_short(self) -> bool:
+        """Whether somebody would have to be set back for the next step."""
+        wanting = sum(pages_of(self._lengths[slot] + 1) > len(self.pages.held[slot]) for slot in self.running)
+        return wanting > self.pages.available
 
     def _make_room(self) -> list[int]:
         """A page for the next token of each sequence; the places that were set back for it, the youngest first."""
@@ -254,72 +217,44 @@ class Slots:
         for slot in set(range(self.count)) - set(self.running):
             self.pages.drop(slot)
 
+    def decode(self) -> tuple[list[int], dict[int, int]]:
+        """The next token of every sequence that runs, while the card is at the one after it.
+
+        Whoever asked adds the tokens to their sequences (``Asked.tokens``) and releases those that are done.
+
+        Returns:
+            The places that were set back for it, the youngest first, which get no token: they are to be admitted again
+            as soon as they can be; and the tokens of the others, by place.
+        """
+        set_back: list[int] = []
+        if self._under_way is None:
+            self._under_way = self.launch()
+            set_back = self._under_way.set_back
+        going, self._under_way = self._under_way, None
+        if self.ahead and self._goes_on(going) and not self._is_short():
+            self._under_way = self.launch()
+        tokens = going.wait()
+        return set_back, {slot: tokens[slot] for slot, one in going.whose.items() if self.running.get(slot) is one}
+
+    def _goes_on(self, going: Arrival) -> bool:
+        """Whether any answer is longer than it will be after the step that is under way."""
+        return any(
+            len(one.tokens) + (going.whose.get(slot) is one) < one.sampling.max_new_tokens
+            for slot, one in self.running.items()
+        )
+
     @torch.inference_mode()
     def launch(self) -> Arrival:
         """Start the step that decodes the next token of every place, and return where they will arrive.
 
-        Who was set back for it, ``Arrival.set_back``, gets none: they are to be admitted again as soon as they can be.
+        Who was set back for it, ``Arrival.set_back``, gets none.
         """
         set_back = self._make_room()
-        sampled = any(one.generator for one in self.running.values())
-        if self.capture and sampled not in self._graphs:
-            try:
-                self._graphs[sampled] = self._captured(sampled)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # a layer that waits for the device, say
-                self.capture, self.not_captured = False, str(error).splitlines()[0]
-        self._draw(self.running)
-        if self.capture:
-            self._graphs[sampled].replay()
-        else:
-            self._advance(sampled)
+        self.step.run(self.running)
         for slot in self.running:
             self._lengths[slot] += 1
         self._turn = 1 - self._turn
-        return Arrival(self.tokens, self._arrived[self._turn], set_back)
-
-    def _advance(self, sampled: bool) -> None:
-        last = self.positions * self.active  # empty places look at one token only
-        logits = self.decoder.next_token(
-            self.tokens, self.positions, last, self.places, self.table, self.keys, self.values
-        ).float()
-        self.tokens.copy_(self._choose(logits, slice(None), sampled))
-        self.positions.add_(self.active)
-
-    def _choose(self, logits: torch.Tensor, part: slice | torch.Tensor, sampled: bool) -> torch.Tensor:
-        """The likeliest tokens, or by temperature: the largest of logits with Gumbel noise is a sample."""
-        scores = logits.masked_fill(self.ends & self.endless[part], float("-inf"))
-        if sampled and self.noise is not None:
-            warm = self.temperatures[part]
-            drawn = scores / warm.clamp(min=COLDEST) - (-self.noise[part].log()).log()
-            scores = torch.where(warm > 0, drawn, scores)
-        return scores.argmax(-1)
-
-    def _draw(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            generator = self.running[slot].generator
-            if generator is not None and self.noise is not None:
-                self.noise[slot].uniform_(generator=generator)
-
-    def _captured(self, sampled: bool) -> Any:
-        """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
-        kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._advance(sampled)
-                    self.positions.copy_(kept[1])
-            torch.cuda.current_stream().wait_stream(stream)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph, _ = captured(lambda: self._advance(sampled), stream, self._pool)
-        finally:
-            for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
-                tensor.copy_(value)
-        return graph
+        return Arrival(self.step.tokens, self._arrived[self._turn], set_back, dict(self.running))
 
 
 def _fitting(size: int, device: torch.device) -> int:
@@ -342,10 +277,13 @@ class Arrival:
         tokens: on the device.
         host: where they go, pinned.
         set_back: places whose sequences were set back before this step, the youngest first.
+        whose: the sequences that the tokens are of, by place.
     """
 
-    def __init__(self, tokens: torch.Tensor, host: torch.Tensor, set_back: Sequence[int]) -> None:
-        self.set_back = set_back
+    def __init__(
+        self, tokens: torch.Tensor, host: torch.Tensor, set_back: list[int], whose: Mapping[int, Asked]
+    ) -> None:
+        self.set_back, self.whose = set_back, whose
         self._host = host
         self._host.copy_(tokens, non_blocking=True)
         self._event = None

@@ -34,7 +34,7 @@ class Estimate:
     """What a run will take.
 
     Attributes:
-        time: s, loading and warm-up included.
+        time: s of the whole process: starting, loading and warming up included.
         energy: Wh, of the measured phase.
         memory: GB, the peak of the process on the card, or on a CPU the resident set.
         disk: GB by what it is for; a thing that several runs share has one name.
@@ -77,11 +77,10 @@ def _scaled(task: str, config: Mapping[str, Any], found: Measured) -> tuple[Read
     units = _tokens(config) if task == "infer" else float(config["trainer"]["max_steps"])
     method = f"measured, {found.place}, scaled"
     pace, joules = found.value(rate), found.value(share)
-    before = sum(found.value(name) or 0.0 for name in ("load_time", "warmup_time"))
     time = (
         Reading.unknown("s", found.reason(rate), method)
         if not pace
-        else Reading(before + units * _larger(task, config, found) / pace, "s", method, n=1)
+        else Reading(_around(task, found, pace) + units * _larger(task, config, found) / pace, "s", method, n=1)
     )
     energy = (
         Reading.unknown("Wh", found.reason(share), method)
@@ -89,6 +88,16 @@ def _scaled(task: str, config: Mapping[str, Any], found: Measured) -> tuple[Read
         else Reading(joules * units * _larger(task, config, found) / 3600, "Wh", method, n=1)
     )
     return time, energy
+
+
+def _around(task: str, found: Measured, pace: float) -> float:
+    """Seconds of a record's run that were not spent at its pace: starting Python, loading, warming up, writing files.
+
+    At least loading and warming up, where the record does not know the whole run's time, or only that of its last part.
+    """
+    known = sum(found.value(name) or 0.0 for name in ("load_time", "warmup_time"))
+    made = found.record.counts.get("generated_tokens" if task == "infer" else "optimizer_steps", 0)
+    return max(known, (found.seconds or 0.0) - made / pace)
 
 
 def _larger(task: str, config: Mapping[str, Any], found: Measured) -> float:
