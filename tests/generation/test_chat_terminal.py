@@ -14,6 +14,7 @@ import torch
 
 from llm_at_home.generation.chat import WELCOME, Chat
 from llm_at_home.generation.eager import EagerEngine
+from llm_at_home.models.chat import prompt_ids
 
 
 @pytest.fixture
@@ -169,6 +170,16 @@ def test_the_former_handler_is_restored_when_the_engine_fails(engine, monkeypatc
     with pytest.raises(RuntimeError):
         talk(engine, "Hello\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_line_that_the_context_cannot_hold_is_forgotten_and_the_conversation_goes_on(engine, monkeypatch) -> None:
+    prompt = len(prompt_ids(engine.tokenizer, [{"role": "user", "content": "Hello"}]))
+    monkeypatch.setattr(type(engine), "context", prompt + 3)
+    chat, out = talk(engine, "long " * 200 + "\nHello\nAnd you?\n")
+    assert [m["content"] for m in chat.messages[::2]] == ["Hello"]
+    assert out.count(f"tokens and the model knows {prompt + 3}: /reset)") == 2
+    assert len(engine.reply(prompt_ids(engine.tokenizer, chat.messages[:1]), sampling(engine)).tokens) == 6
+    assert 1 <= len(engine.tokenizer(chat.messages[1]["content"])["input_ids"]) <= 3
 
 
 def test_a_real_terminal_is_read_by_input_and_control_d_leaves(engine, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from llm_at_home.generation.eager import EagerEngine
+from llm_at_home.generation.graph import GraphEngine
 from llm_at_home.generation.reply import OTHER_TEMPERATURE, PUBLISHED_TEMPERATURES, Sampling, temperature_for
-from llm_at_home.models.chat import prompt_ids
+from llm_at_home.models.chat import end_of_turn, prompt_ids
 
 TOKENS = 24
 
@@ -135,6 +137,25 @@ def test_an_answer_ends_with_its_first_end_token_alone_and_in_a_batch(engine, pr
     assert len(single[1].tokens) == first + 1
 
 
+@pytest.mark.parametrize("kind", [EagerEngine, GraphEngine])
+def test_an_answer_ends_with_the_turn_where_the_model_s_own_end_is_another_token(
+    model, tokenizer, prompts, kind, monkeypatch
+) -> None:
+    """As of a base model that was fine-tuned with a chat template."""
+    tokens = plain_greedy(model, prompts[1], TOKENS)
+    other = copy.deepcopy(tokenizer)
+    last = tokens[5]
+    mark = tokenizer.convert_ids_to_tokens(last)
+    assert tokens.index(last) == 5
+    other.add_special_tokens({"additional_special_tokens": [mark]})
+    other.chat_template = tokenizer.chat_template.replace("<|im_end|>", mark)
+    assert end_of_turn(other) == last
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    reply = kind(model, other, max_new_tokens=TOKENS).reply(prompts[1], Sampling(TOKENS))
+    assert (reply.tokens, reply.finish_reason) == (tokens[:6], "stop")
+
+
 def test_ignore_eos_makes_every_token_that_was_asked_for(engine, prompts) -> None:
     end_at(engine, engine.reply(prompts[1], Sampling(TOKENS)).tokens[2])
     assert len(engine.reply(prompts[1], Sampling(TOKENS)).tokens) <= 3
@@ -163,6 +184,8 @@ def test_sampling_is_reproducible_by_its_seed(engine, prompts) -> None:
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(1)), tuple(tokens(2)), tuple(greedy)}) == 3
     assert tokens(3, temperature=1e-4) == greedy
+    assert tokens(4, temperature=1e-42) == greedy
+    assert tokens(5, temperature=1e-300) == greedy
 
 
 def test_sampling_follows_the_models_probabilities_at_the_temperature(engine, prompts) -> None:
@@ -170,7 +193,12 @@ def test_sampling_follows_the_models_probabilities_at_the_temperature(engine, pr
         logits = engine.model(torch.tensor([prompts[0]])).logits[0, -1].double()
     temperature = float(logits.std())  # near uniform over the vocabulary: a hidden top-k or top-p would show
     expected = torch.softmax(logits / temperature, -1)
-    replies = engine.reply_batch([prompts[0]] * 300, Sampling(1, temperature, seed=0))
+    own = engine.model.generation_config
+    own.min_p = 0.5  # as some models' own configuration has it
+    try:
+        replies = engine.reply_batch([prompts[0]] * 300, Sampling(1, temperature, seed=0))
+    finally:
+        own.min_p = None
     drawn = torch.tensor([reply.tokens[0] for reply in replies])
     likely = torch.zeros_like(expected, dtype=torch.bool)
     likely[expected.topk(2000).indices] = True

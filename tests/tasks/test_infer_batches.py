@@ -70,6 +70,31 @@ def asked(engine: EagerEngine, questions: list[Any], folder: Path, size: int, re
     return made, [{key: value for key, value in row.items() if key != "tstamp"} for row in rows]
 
 
+@pytest.mark.parametrize("of_random_ids", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_warm_up_makes_the_cache_and_the_graphs_of_the_measured_phase(
+    loaded, questions, tmp_path, monkeypatch, size, of_random_ids
+) -> None:
+    """On a GPU a new cache is a graph captured anew, whose time would be in the figures."""
+    from llm_at_home.generation import graph
+    from llm_at_home.generation.static.slots import Slots
+    from llm_at_home.generation.static.step import Step
+
+    made: list[Slots] = []
+    graphs: set[bool] = set()  # that a GPU would have captured: whether tokens are sampled
+    advance = Step._advance
+    monkeypatch.setattr(graph, "Slots", lambda *args: made.append(Slots(*args)) or made[-1])
+    monkeypatch.setattr(Step, "_advance", lambda self, *kind: graphs.add(kind[0]) or advance(self, *kind))
+    engine = graph.GraphEngine(*loaded, max_new_tokens=260, batch_size=size, warmup_tokens=2)
+    turns: Any = QuestionTurns(questions[:3], "m", 0, size)
+    if of_random_ids:
+        turns = RandomTurns(3, 8, engine.vocabulary, 0, size)
+    infer._warm_up(engine, turns)
+    warm = list(made), set(graphs)
+    turns.answer(engine, tmp_path, 0)
+    assert (made, graphs) == warm
+
+
 @pytest.mark.parametrize("size", [2, 4, 16])
 def test_greedy_answers_are_those_of_one_by_one_in_the_same_order(engine, questions, tmp_path, size) -> None:
     engine.temperature = 0.0
@@ -166,6 +191,17 @@ def test_a_batched_runs_record_says_what_its_figures_are_of(spread, tmp_path) ->
     seconds = readings["measured_time"].value
     assert readings["output_tokens_per_second"].value == pytest.approx(counts["generated_tokens"] / seconds)
     assert record.notes == ["engine.batch_size=4: 2 of 4 batches were smaller, down to 1"]
+
+
+def test_a_record_says_when_a_conversation_outgrew_the_model(loaded) -> None:
+    from llm_at_home.generation.reply import Reply
+
+    engine = EagerEngine(*loaded, max_new_tokens=TOKENS)
+    known = loaded[0].config.max_position_embeddings
+    whole, longer = (Reply("", [1, 2], known - 2 + more, "length") for more in (0, 1))
+    assert infer._too_long([whole], engine) == []
+    (note,) = infer._too_long([whole, longer], engine)
+    assert note.startswith(f"1 of 2 turns went beyond the {known} tokens that the model knows")
 
 
 def test_a_batch_of_none_is_refused(spread) -> None:

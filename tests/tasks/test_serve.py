@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -57,7 +58,17 @@ def test_it_answers_and_ctrl_c_ends_it(start: Any, words: tuple[str, ...]) -> No
     ("words", "said"),
     [
         (["serve.host=0.0.0.0"], "give serve.api_key as well"),
-        (["serve.context=0"], "serve.context=0 is too small"),
+        (["serve.context=0"], "serve.context=0 is no whole number from 1 on"),
+        (["serve.queue=null"], "serve.queue=None is no whole number from 1 on"),
+        (["serve.port=0"], "serve.port=0 is no port: give one from 1 to 65535"),
+        (["serve.port=70000"], "serve.port=70000 is no port"),
+        (["serve.api_key=12345"], "serve.api_key is empty or a number"),
+        (["serve.api_key=''"], "serve.api_key is empty or a number"),
+        (["engine.max_new_tokens=0"], "engine.max_new_tokens=0 is no whole number from 1 on"),
+        (["engine.batch_size=2.5"], "engine.batch_size=2.5 is no whole number from 1 on"),
+        (["engine.temperature=-1"], "engine.temperature=-1 is no temperature: give 0"),
+        (["engine.temperature=hot"], "engine.temperature=hot is no temperature"),
+        (["quant=gguf", "engine.threads=0"], "engine.threads=0 is no whole number from 1 on"),
         (["serve.context=9000"], "serve.context=9000 is longer than smollm2_135m knows: give 8192"),
         (["engine=graph", "engine.kernels=fast"], "choose auto, triton or torch"),
         (["engine=graph", "engine.kernels=triton"], "needs a GPU"),
@@ -73,6 +84,36 @@ def test_what_cannot_be_served_is_refused(words: list[str], said: str) -> None:
     from llm_at_home.tasks import resolve
 
     words = ["mode=serve", "logger=none", "gpu=cpu", *words]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = resolve.resolve("infer", compose("infer", words), words)
+    with pytest.raises(Refusal, match=said):
+        resolve.check("infer", config)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapters={default: poet}"], "adapters: default is taken"),  # PEFT would load it into the first one
+        (["adapters={poet: poet}"], "adapters: poet is taken"),
+        (["adapters={smollm2_135m: poet}"], "adapters: smollm2_135m is taken"),
+        (["adapters={v1.5: poet}"], "adapters: v1.5 cannot be an adapter's name"),
+        (["adapters={1: poet}"], "adapters: 1 cannot be an adapter's name"),
+        (["adapter_path=smollm2_135m"], "adapter_path=smollm2_135m has the name of no adapter"),
+        (["adapter_path=."], r"adapter_path=\. has the name of no adapter"),
+    ],
+)
+def test_adapters_that_could_not_be_told_apart_are_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from llm_at_home.tasks import resolve
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("poet", "smollm2_135m", "."):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    words = ["mode=serve", "logger=none", "gpu=cpu", "adapter_path=poet", *words]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = resolve.resolve("infer", compose("infer", words), words)
     with pytest.raises(Refusal, match=said):

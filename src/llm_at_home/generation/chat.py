@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from typing import Any, TextIO
@@ -65,9 +66,16 @@ class Chat:
         self._stop = False
         self.messages.append({"role": "user", "content": line})
         temperature = self.engine.temperature if self.engine.temperature is not None else OTHER_TEMPERATURE
-        sampling = Sampling(self.engine.max_new_tokens, temperature, self.seed)
-        self.seed += 1
         prompt = prompt_ids(self.engine.tokenizer, self.messages)
+        room = (self.engine.context or math.inf) - len(prompt)
+        if room < 1:
+            self.messages.pop()
+            self._say(
+                f"(the conversation has {len(prompt)} tokens and the model knows {self.engine.context}: /reset)\n"
+            )
+            return
+        sampling = Sampling(int(min(self.engine.max_new_tokens, room)), temperature, self.seed)
+        self.seed += 1
         reply = self.engine.reply(prompt, sampling, on_text=self._say, should_stop=lambda: self._stop)
         self._say("\n" if reply.finish_reason != "stopped" else " (stopped)\n")
         self.messages.append({"role": "assistant", "content": reply.text})

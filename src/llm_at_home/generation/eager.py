@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from llm_at_home.generation.reply import Reply, Sampling
+from llm_at_home.generation.reply import COLDEST, Reply, Sampling
+from llm_at_home.models.chat import end_of_turn
 from llm_at_home.quantization.base import describe_kernel
 
 
@@ -40,6 +41,7 @@ class EagerEngine:
         self.temperature = temperature
         self.batch_size = batch_size
         self.warmup_tokens = warmup_tokens
+        self._end_of_turn = end_of_turn(tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Which linear layers run, by class and backend, for the record."""
@@ -67,9 +69,15 @@ class EagerEngine:
 
     @property
     def end_ids(self) -> set[int]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: the model's own, and the chat template's at the end of a turn."""
         eos = self.model.generation_config.eos_token_id
-        return set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+        own = set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
+        return own if self._end_of_turn is None else own | {self._end_of_turn}
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest conversation that the model knows, or None where it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def vocabulary(self) -> int:
@@ -131,7 +139,8 @@ class EagerEngine:
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, **options: Any) -> torch.Tensor:
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+            warm = max(sampling.temperature, COLDEST)
+            chosen = {"do_sample": True, "temperature": warm, "top_p": 1.0, "top_k": 0, "min_p": None}
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             return self.model.generate(
@@ -140,6 +149,7 @@ class EagerEngine:
                 max_new_tokens=sampling.max_new_tokens,
                 min_new_tokens=sampling.max_new_tokens if sampling.ignore_eos else None,
                 pad_token_id=self._pad_id(),
+                eos_token_id=sorted(self.end_ids) or None,
                 repetition_penalty=1.0,
                 **chosen,
                 **options,

@@ -17,6 +17,7 @@ PUBLISHED_TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
+COLDEST = 1e-6  # of temperatures that logits are divided by: they become infinite by much smaller ones
 
 
 def temperature_for(category: str, chosen: float | None) -> float:

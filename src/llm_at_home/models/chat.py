@@ -65,6 +65,25 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], generation_prompt
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token by which the chat template ends an assistant's turn; None where it ends in no such token.
+
+    It is what a model fine-tuned with the template says last, also one whose own end-of-sequence token is another: a
+    base model of Qwen's, say, ends with ``<|endoftext|>`` and its template's turns with ``<|im_end|>``.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    said = "An answer"
+    messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": said}]
+    try:
+        after = render(tokenizer, messages).rpartition(said)[2].lstrip()
+    except Exception:  # a template refuses conversations in words of its own, and an engine need not have one
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if added is not None and added.special else None
+
+
 def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to the point where the assistant is to speak."""
     return tokenizer(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)["input_ids"]

@@ -70,7 +70,7 @@ def _measure(config: Mapping[str, Any], folder: Path, record: Record, memory: An
         record.notes.append(
             f"{turns.kept} questions were answered before this run was interrupted; its figures are of the others"
         )
-    record.notes += _smaller_batches(passes[0], turns.batch_size)
+    record.notes += _smaller_batches(passes[0], turns.batch_size) + _too_long(replies, engine)
     record.counts |= {
         "batches": sum(len(one) for one in passes),
         "turns": len(replies),
@@ -145,18 +145,34 @@ def _turns(config: Mapping[str, Any], engine: Any, run_id: str) -> QuestionTurns
 
 
 def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
-    """One batch of the measured size: kernels are chosen and compiled, memory is taken, clocks rise."""
+    """One batch of the measured size: kernels are chosen and compiled, memory is taken, clocks rise.
+
+    An engine with a graph gets one batch more where some questions are answered greedily and some are not: each kind
+    has a graph of its own, which would else be captured in the measured phase.
+    """
     from llm_at_home.generation.reply import Sampling
 
     start = time.perf_counter()
-    prompts, sampling = turns.first_prompts(engine), Sampling(engine.warmup_tokens, ignore_eos=True)
-    if turns.streams(engine):
-        # As long as the measured ones, so that the cache and its graph are those of the measured phase.
-        requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
-        list(engine.stream(requests, longest=turns.longest(engine)))
+    prompts = turns.first_prompts(engine)
+    if hasattr(engine, "stream") and not engine.eager_because:
+        # As long as the measured ones, so that the cache and its graphs are those of the measured phase.
+        for temperature in turns.kinds(engine):
+            sampling = Sampling(engine.warmup_tokens, temperature, ignore_eos=True)
+            requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
+            list(engine.stream(requests, longest=turns.longest(engine)))
     else:
-        ask(engine, prompts, sampling)
+        ask(engine, prompts, Sampling(engine.warmup_tokens, ignore_eos=True))
     return Reading(time.perf_counter() - start, "s", "clock", n=1)
+
+
+def _too_long(replies: Sequence[Any], engine: Any) -> list[str]:
+    """A note where a conversation went on beyond the positions that the model was trained on."""
+    known = engine.context
+    beyond = sum(reply.prompt_tokens + len(reply.tokens) > known for reply in replies) if known else 0
+    if not beyond:
+        return []
+    hint = "their answers are worth little: give a smaller engine.max_new_tokens"
+    return [f"{beyond} of {len(replies)} turns went beyond the {known} tokens that the model knows, and {hint}"]
 
 
 def _smaller_batches(batches: Sequence[Sequence[Any]], size: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ def serve(config: Mapping[str, Any]) -> None:
 
 def _serve_model(config: Mapping[str, Any]) -> None:
     """Askers name the base, the adapter of ``adapter_path`` by its folder's name, or one of ``adapters`` by its key."""
-    import uvicorn
-
     from llm_at_home.adapters.attach import add_saved
-    from llm_at_home.generation.serving.api import Service, application
+    from llm_at_home.generation.serving.api import Service
     from llm_at_home.generation.serving.scheduler import Scheduler
+    from llm_at_home.generation.serving.server import Server
 
     options, engine = config["serve"], load_engine(config)
     models: dict[str, str | None] = {config["model"]["name"]: None}
@@ -47,16 +47,13 @@ def _serve_model(config: Mapping[str, Any]) -> None:
     for name, path in config["adapters"].items():
         add_saved(engine.model, path, name)
         models[name] = name
-    context = options["context"] or min(CONTEXT, engine.model.config.max_position_embeddings)
+    context = options["context"] or min(CONTEXT, engine.context or CONTEXT)
     with Scheduler(engine, context, options["queue"]) as scheduler:
         chosen = {} if engine.temperature is None else {"temperature": engine.temperature}
         service = Service(scheduler, models, options["api_key"], engine.max_new_tokens, **chosen)
-        _announce(
-            models, options, engine.describe().get("engine", "one answer at a time: engine=graph answers several")
-        )
-        uvicorn.run(
-            application(service), host=options["host"], port=options["port"], log_level="warning", access_log=False
-        )
+        decoding = engine.describe().get("engine", "one answer at a time: engine=graph answers several")
+        on_ready = partial(_announce, models, options, decoding)
+        Server(service, options["host"], options["port"], on_ready).run()
 
 
 def _serve_file(config: Mapping[str, Any]) -> None:
@@ -84,5 +81,6 @@ def _serve_file(config: Mapping[str, Any]) -> None:
 
 
 def _announce(models: Iterable[str], options: Mapping[str, Any], engine: str) -> None:
-    print(f"{', '.join(models)} at http://{options['host']}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)
+    host = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+    print(f"{', '.join(models)} at http://{host}:{options['port']}/v1 (Ctrl-C ends it)", flush=True)
     print(engine, flush=True)

@@ -57,6 +57,11 @@ class QuestionTurns:
         )
         return [self._prompt(engine, [{"role": "user", "content": one.question.turns[0]}]) for one in asked]
 
+    def kinds(self, engine: Any) -> list[float]:
+        """A temperature of each kind that there is: 0, and one above."""
+        temperatures = {temperature for temperature, _ in self._batches(engine)}
+        return [*temperatures & {0.0}, *sorted(temperatures - {0.0})[:1]]
+
     def answer(self, engine: Any, folder: Path, repeat: int, resume: bool = False) -> list[list[Any]]:
         """Answer them all and return the replies batch by batch.
 
@@ -231,6 +236,10 @@ class RandomTurns:
     def streams(self, engine: Any) -> bool:
         """Never: answers of one length end together."""
         return False
+
+    def kinds(self, engine: Any) -> list[float]:
+        """All are answered greedily."""
+        return [0.0]
 
     def longest(self, engine: Any) -> int:
         """Tokens of a prompt with its answer."""

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible endpoint over a loaded model: ``scheduler`` decodes, ``text`` shows it, ``api`` speaks HTTP."""
+"""An OpenAI-compatible endpoint over a model: ``asked`` reads a request, ``scheduler`` decodes, ``server`` runs it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -11,32 +12,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llm_at_home.generation.reply import OTHER_TEMPERATURE, Sampling
+from llm_at_home.generation.reply import OTHER_TEMPERATURE
+from llm_at_home.generation.serving.asked import (
+    ApiError,
+    check_keys,
+    flag,
+    prompt_of,
+    sampling_of,
+    stops_of,
+    wants_usage,
+)
 from llm_at_home.generation.serving.scheduler import Busy, Request, Scheduler
-from llm_at_home.models.chat import prompt_ids
 
 LARGEST_BODY = 1_000_000  # bytes
-ROLES = ("system", "developer", "user", "assistant")
-# What would change the answer, and is not done: asked for, it is an error and not silently left out.
-NOT_DONE = {"n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "tools": None}
-
-
-class ApiError(Exception):
-    """What the asker is told.
-
-    Args:
-        status: of HTTP.
-        message: in one sentence.
-        headers: further ones.
-    """
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
+NOBODY_THERE = 499  # the status of an answer that nobody reads
+BROKEN_OFF = {"error": (500, "the model failed"), "cancelled": (503, "the server is being ended")}
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,11 @@ def application(service: Service) -> Starlette:
 
     async def models(request: HttpRequest) -> Response:
         _authorize(request, service.api_key)
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "llm-at-home"} for name in service.models]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_described(name) for name in service.models]})
+
+    async def model(request: HttpRequest) -> Response:
+        _authorize(request, service.api_key)
+        return JSONResponse(_described(_model(service, request.path_params["name"])))
 
     async def completions(request: HttpRequest) -> Response:
         _authorize(request, service.api_key)
@@ -78,15 +77,30 @@ def application(service: Service) -> Starlette:
     async def failed(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         kind = "invalid_request_error" if error.status < 500 else "server_error"
-        content = {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
+        message = error.message.encode(errors="replace").decode()  # half a surrogate pair that somebody sent
+        content = {"error": {"message": message, "type": kind, "param": None, "code": error.code}}
         return JSONResponse(content, error.status, error.headers)
+
+    async def elsewhere(request: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = f"{request.method} {request.url.path}: {error.detail.lower()}; there is POST /v1/chat/completions"
+        return await failed(request, ApiError(error.status_code, said, error.headers))
+
+    async def gone(request: HttpRequest, error: Exception) -> Response:
+        return Response(status_code=NOBODY_THERE)
 
     routes = [
         Route("/health", health),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={ApiError: failed})
+    handlers = {ApiError: failed, HTTPException: elsewhere, ClientDisconnect: gone}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _described(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llm-at-home"}
 
 
 def _authorize(request: HttpRequest, api_key: str | None) -> None:
@@ -117,25 +131,27 @@ async def _complete(service: Service, http: HttpRequest, body: Mapping[str, Any]
     pieces: asyncio.Queue[str | tuple[str, int]] = asyncio.Queue()
 
     def put(item: str | tuple[str, int]) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, item)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+            loop.call_soon_threadsafe(pieces.put_nowait, item)
 
-    name = _model(service, body)
-    prompt = await asyncio.to_thread(_prompt, service, body)
+    check_keys(body)
+    name, stream, usage = _model(service, body.get("model")), flag(body, "stream"), wants_usage(body)
+    scheduler = service.scheduler
+    prompt = await asyncio.to_thread(prompt_of, scheduler.engine.tokenizer, body)
     request = Request(
         prompt,
-        _sampling(service, body, len(prompt)),
+        sampling_of(body, len(prompt), scheduler.context, service.max_new_tokens, service.temperature),
         service.models[name],
         on_text=put,
         on_end=lambda reason, count: put((reason, count)),
-        stops=_stops(body),
+        stops=stops_of(body),
     )
     try:
-        service.scheduler.submit(request)
+        scheduler.submit(request)
     except Busy:
         raise ApiError(429, "too many requests wait already: try again in a while", {"Retry-After": "2"}) from None
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
-    if body.get("stream"):
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    if stream:
         events = _events(head, request, pieces, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     return await _whole(http, head, request, pieces)
@@ -143,25 +159,27 @@ async def _complete(service: Service, http: HttpRequest, body: Mapping[str, Any]
 
 async def _whole(http: HttpRequest, head: dict[str, Any], request: Request, pieces: Any) -> Response:
     text = ""
+    watch = asyncio.create_task(_cancel_when_gone(http, request))
     try:
-        while True:
-            try:
-                item = await asyncio.wait_for(pieces.get(), 0.5)
-            except TimeoutError:
-                if await http.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
-                continue
-            if isinstance(item, str):
-                text += item
-                continue
-            reason, count = item
-            if reason == "error":
-                raise ApiError(500, "the model failed")
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-            usage = _usage(request, count)
-            return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+        while isinstance(item := await pieces.get(), str):
+            text += item
+        reason, count = item
+        if watch.done():
+            return Response(status_code=NOBODY_THERE)
+        if reason in BROKEN_OFF:
+            raise ApiError(*BROKEN_OFF[reason])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        usage = _usage(request, count)
+        return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
     finally:
+        watch.cancel()
         request.cancelled.set()
+
+
+async def _cancel_when_gone(http: HttpRequest, request: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        continue
+    request.cancelled.set()
 
 
 async def _events(head: dict[str, Any], request: Request, pieces: Any, usage: bool) -> AsyncIterator[str]:
@@ -179,8 +197,9 @@ async def _events(head: dict[str, Any], request: Request, pieces: Any, usage: bo
                 yield delta({"content": item})
                 continue
             reason, count = item
-            if reason == "error":
-                yield f"data: {json.dumps({'error': {'message': 'the model failed', 'type': 'server_error'}})}\n\n"
+            if reason in BROKEN_OFF:
+                error = {"message": BROKEN_OFF[reason][1], "type": "server_error", "param": None, "code": None}
+                yield f"data: {json.dumps({'error': error})}\n\n"
                 return
             yield delta({}, reason)
             if usage:
@@ -196,59 +215,10 @@ def _usage(request: Request, count: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
 
 
-def _model(service: Service, body: Mapping[str, Any]) -> str:
-    name = body.get("model")
+def _model(service: Service, name: Any) -> str:
+    if not isinstance(name, str):
+        raise ApiError(400, f"model is no name: choose one of {', '.join(service.models)}")
     if name not in service.models:
-        raise ApiError(404, f"there is no model {name}: choose one of {', '.join(service.models)}")
-    return str(name)
-
-
-def _prompt(service: Service, body: Mapping[str, Any]) -> list[int]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages is missing: give a list of role and content")
-    told = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if role not in ROLES or not isinstance(content, str):
-            raise ApiError(400, f"a message has a role of {', '.join(ROLES)} and text as its content")
-        told.append({"role": "system" if role == "developer" else role, "content": content})
-    try:
-        return list(prompt_ids(service.scheduler.engine.tokenizer, told))
-    except Exception as error:  # templates refuse orders of roles in their own words
-        raise ApiError(400, f"the model's chat template takes no such conversation: {error}") from error
-
-
-def _sampling(service: Service, body: Mapping[str, Any], prompt: int) -> Sampling:
-    for key, plain in NOT_DONE.items():
-        if body.get(key) not in (None, plain):
-            raise ApiError(400, f"{key} is not offered: leave it out")
-    room = service.scheduler.context - prompt - 1
-    if room < 1:
-        raise ApiError(
-            400, f"the conversation has {prompt} tokens, and prompt and answer together may have {room + prompt}"
-        )
-    asked = _number(body, "max_completion_tokens", _number(body, "max_tokens", service.max_new_tokens, 1), 1)
-    temperature = _number(body, "temperature", service.temperature, 0, 2)
-    seed = _number(body, "seed", secrets.randbits(31), 0)
-    return Sampling(int(min(asked, room, service.max_new_tokens)), float(temperature), int(seed))
-
-
-def _number(body: Mapping[str, Any], key: str, default: float, least: float, most: float = 2**63) -> float:
-    value = body.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < most + 1e-9:
-        raise ApiError(400, f"{key}={value} is no number from {least} on" + (f" to {most}" if most < 2**62 else ""))
-    return value
-
-
-def _stops(body: Mapping[str, Any]) -> list[str]:
-    stop = body.get("stop")
-    found = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(found, list) or len(found) > 4 or not all(isinstance(one, str) for one in found):
-        raise ApiError(400, "stop is a string or a list of at most four")
-    return found
+        hint = f"choose one of {', '.join(service.models)}"
+        raise ApiError(404, f"there is no model {name}: {hint}", code="model_not_found")
+    return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.generation.serving.text import Detokenizer, Stops
 from llm_at_home.generation.static.asked import Asked
+
+log = logging.getLogger(__name__)
 
 
 class Busy(Exception):
@@ -50,7 +53,7 @@ class Scheduler:
     Args:
         engine: a graph engine, whose places are filled; or another, which answers one request at a time.
         context: tokens of the longest prompt with its answer.
-        queue: requests that may wait; further ones are turned away.
+        queue: requests that may wait for a place; further ones are turned away.
     """
 
     def __init__(self, engine: Any, context: int, queue: int) -> None:
@@ -68,49 +71,71 @@ class Scheduler:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+        self._thread.join()
+
+    def close(self) -> None:
+        """Break off every answer and take no further request; the thread ends after its present step."""
         with self._changed:
             self._closing = True
-            for answer in [*self._waiting, *self._running.values()]:
-                answer.request.cancelled.set()
+            self._cancel_all()
             self._changed.notify()
-        self._thread.join()
 
     @property
     def load(self) -> tuple[int, int]:
         """How many requests are being answered, and how many wait."""
-        return len(self._running), len(self._waiting)
+        return len(self._running), sum(not answer.request.cancelled.is_set() for answer in list(self._waiting))
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            Busy: when as many as allowed wait already.
+            Busy: when as many as allowed wait for a place already.
         """
         with self._changed:
-            if len(self._waiting) >= self.queue:
+            places = self.engine.batch_size if self.has_places else 1
+            # Those for whom a place is free wait as well, for the step that is under way; who has left does not count.
+            if self._closing or sum(self.load) >= self.queue + places:
                 raise Busy
             self._waiting.append(_Answer(request, self.engine))
             self._changed.notify()
+
+    def _cancel_all(self) -> None:
+        for answer in [*self._waiting, *self._running.values()]:
+            answer.request.cancelled.set()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
-                if self._closing and not self._waiting and not self._running:
-                    return
+                if self._closing:
+                    self._cancel_all()
+                    if not self._waiting and not self._running:
+                        return
             try:
                 self._step()
             except Exception:
-                # The askers get an error each; what comes after them is tried again from a clean start.
-                for answer in self._running.values():
-                    answer.request.on_end("error", len(answer.tokens))
-                self._running.clear()
-                if self.has_places:
-                    self.engine.close()
+                log.exception("an answer failed")
+                self._fail()
+
+    def _fail(self) -> None:
+        """The askers get an error each; what comes after them is tried again from a clean start."""
+        if not self._running and self._waiting:
+            # It failed before it had a place, and would again.
+            self._running[0] = self._waiting.popleft()
+        for answer in self._running.values():
+            answer.request.on_end("error", len(answer.tokens))
+        self._running.clear()
+        self._adapter = _UNKNOWN
+        if self.has_places:
+            self.engine.close()
 
     def _step(self) -> None:
+        self._drop_who_left()
         if not self.has_places:
-            self._answer_alone(self._waiting.popleft().request)
+            if self._waiting:
+                self._running[0] = self._waiting.popleft()
+                self._answer_alone(self._running[0].request)
             return
         self._admit()
         if not self._running:
@@ -124,14 +149,19 @@ class Scheduler:
             answer.take(token)
             self._end_if_done(slots, slot, answer)
 
+    def _drop_who_left(self) -> None:
+        with self._changed:
+            left = [answer for answer in self._waiting if answer.request.cancelled.is_set()]
+            for answer in left:
+                self._waiting.remove(answer)
+        for answer in left:
+            answer.end("cancelled")
+
     def _admit(self) -> None:
         slots = self.engine.places(self.context)
         free = [slot for slot in range(slots.count) if slot not in self._running]
         while free and self._waiting:
             request = self._waiting[0].request
-            if request.cancelled.is_set():
-                self._waiting.popleft().end("cancelled")
-                continue
             if request.adapter != self._adapter:
                 if self._running:
                     return
@@ -164,9 +194,6 @@ class Scheduler:
         self._adapter = adapter
 
     def _answer_alone(self, request: Request) -> None:
-        if request.cancelled.is_set():
-            request.on_end("cancelled", 0)
-            return
         if request.adapter != self._adapter:
             self._use(request.adapter)
         stops = Stops(request.stops)
@@ -178,14 +205,11 @@ class Scheduler:
         def should_stop() -> bool:
             return request.cancelled.is_set() or stops.stopped
 
-        try:
-            reply = self.engine.reply(request.prompt, request.sampling, on_text=on_text, should_stop=should_stop)
-        except Exception:
-            request.on_end("error", 0)
-            raise
+        reply = self.engine.reply(request.prompt, request.sampling, on_text=on_text, should_stop=should_stop)
         if piece := stops.end():
             request.on_text(piece)
         reason = "stop" if stops.stopped else "cancelled" if request.cancelled.is_set() else reply.finish_reason
+        del self._running[0]
         request.on_end(reason, len(reply.tokens))
 
 

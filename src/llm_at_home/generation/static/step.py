@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm_at_home.generation.reply import COLDEST
 from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Decoder, to_device
 from llm_at_home.hardware.capture import captured
@@ -138,7 +139,7 @@ class Step:
         scores = logits.masked_fill(self.ends & self.endless[part], float("-inf"))
         if sampled and self.noise is not None:
             warm = self.temperatures[part]
-            drawn = scores / warm.clamp(min=1e-6) - (-self.noise[part].log()).log()
+            drawn = scores / warm.clamp(min=COLDEST) - (-self.noise[part].log()).log()
             scores = torch.where(warm > 0, drawn, scores)
         return scores.argmax(-1)
 

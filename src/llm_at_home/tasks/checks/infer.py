@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import math
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llm_at_home.adapters.attach import adapter_folder
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.tasks.checks.synthetic import check_synthetic
+
+LAST_PORT = 65535
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -23,6 +27,7 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal(f"mode={config['mode']} is unknown: choose bench, chat or serve")
     if config["adapters"] and not (config["mode"] != "bench" and config["adapter_path"]):
         raise Refusal("adapters= is for mode=chat and mode=serve: name the first one with adapter_path=")
+    _check_names(config)
     for path in config["adapters"].values():
         adapter_folder(path)
     if config["repeats"] < 1:
@@ -31,14 +36,40 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal(f"samples={config['samples']} is too small: give at least 1")
     if config["samples"] > 1 and config["engine"].get("temperature") == 0:
         raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
-    if config["engine"].get("batch_size", 1) < 1:
-        raise Refusal(f"engine.batch_size={config['engine']['batch_size']} is too small: give at least 1")
+    _check_engine(config["engine"])
     if config["mode"] == "chat" and config["model"]["weights"] == "random":
         raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
     _check_graph(config)
     if config["mode"] == "serve":
         _check_serve(config)
     check_synthetic(config, "questions")
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Askers and the chat choose the base and its adapters by name, and PEFT keeps adapters by theirs."""
+    base, first = config["model"]["name"], Path(config["adapter_path"] or "").name
+    if config["mode"] == "serve" and config["adapter_path"] and first in ("", base):
+        raise Refusal(f"adapter_path={config['adapter_path']} has the name of no adapter: give a folder with one")
+    for name in config["adapters"]:
+        if not isinstance(name, str) or "." in name:
+            raise Refusal(f"adapters: {name} cannot be an adapter's name: give one with letters and no dot")
+        if name in (base, first, "default", "none"):
+            raise Refusal(f"adapters: {name} is taken: give it another name")
+
+
+def _check_engine(engine: Mapping[str, Any]) -> None:
+    for key in ("max_new_tokens", "batch_size", "warmup_tokens", "context"):
+        if key in engine and not _is_count(engine[key]):
+            raise Refusal(f"engine.{key}={engine[key]} is no whole number from 1 on: give at least 1")
+    if engine.get("threads") is not None and not _is_count(engine["threads"]):
+        raise Refusal(f"engine.threads={engine['threads']} is no whole number from 1 on: give at least 1, or null")
+    temperature = engine.get("temperature")
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature < math.inf):
+        raise Refusal(f"engine.temperature={temperature} is no temperature: give 0 (greedy) or more, or null")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _check_graph(config: Mapping[str, Any]) -> None:
@@ -49,7 +80,7 @@ def _check_graph(config: Mapping[str, Any]) -> None:
         lacks = "a GPU" if device == "cpu" else "Triton (pip install triton)"
         raise Refusal(f"engine.kernels=triton needs {lacks}: use engine.kernels=torch")
     pages = config["engine"].get("pages")
-    if pages is not None and (type(pages) is not int or pages < 1):
+    if pages is not None and not _is_count(pages):
         raise Refusal(f"engine.pages={pages} is no number of pages: give at least 1, or null")
 
 
@@ -64,16 +95,22 @@ def _check_serve(config: Mapping[str, Any]) -> None:
         raise Refusal(f"serve.host={serve['host']} is no address: give one such as 127.0.0.1") from None
     if not is_loopback and not serve["api_key"]:
         raise Refusal(f"serve.host={serve['host']} lets everybody in the network ask: give serve.api_key as well")
-    for key in ("context", "queue"):
-        if serve[key] is not None and serve[key] < 1:
-            raise Refusal(f"serve.{key}={serve[key]} is too small: give at least 1")
+    if serve["api_key"] is not None and (not serve["api_key"] or not isinstance(serve["api_key"], str)):
+        raise Refusal("serve.api_key is empty or a number: give one with letters, or null for none")
+    if serve["context"] is not None and not _is_count(serve["context"]):
+        raise Refusal(f"serve.context={serve['context']} is no whole number from 1 on: give at least 1, or null")
+    if not _is_count(serve["queue"]):
+        raise Refusal(f"serve.queue={serve['queue']} is no whole number from 1 on: give at least 1")
+    if not _is_count(serve["port"]) or serve["port"] > LAST_PORT:
+        raise Refusal(f"serve.port={serve['port']} is no port: give one from 1 to {LAST_PORT}")
     # A file that the user named says itself what it knows, to llama.cpp.
     longest = None if config["quant"].get("path") else source.shape(model).get("max_position_embeddings")
     if longest and serve["context"] and serve["context"] > longest:
         hint = f"give {longest} or null"
         raise Refusal(f"serve.context={serve['context']} is longer than {config['model']['name']} knows: {hint}")
     try:
-        with socket.create_server((serve["host"], serve["port"])):
+        family = socket.AF_INET6 if ":" in serve["host"] else socket.AF_INET
+        with socket.create_server((serve["host"], serve["port"]), family=family):
             pass
     except OSError as error:
         raise Refusal(f"serve.port={serve['port']} cannot be had ({error.strerror}): give another") from None
