@@ -70,8 +70,11 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         return (question, 1), (prompt, Sampling(lengths[question][1], ignore_eos=True))
 
     requests = [((i, 0), (firsts[i], Sampling(lengths[i][0], ignore_eos=True))) for i in range(len(own))]
-    # They end in turn, so that a graph of each size is there.
-    warm = [(key, (prompt, Sampling(4 + i, ignore_eos=True))) for i, (key, (prompt, _)) in enumerate(requests[:places])]
+    # Half of them end with each of the last steps, so that a graph of each size is there.
+    warm = [
+        (key, (prompt, Sampling(16 - i.bit_length(), ignore_eos=True)))
+        for i, (key, (prompt, _)) in enumerate(requests[:places])
+    ]
     start = time.perf_counter()
     list(engine.stream(warm, longest=longest))
     result: dict[str, Any] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,18 +83,22 @@ def test_the_warm_up_makes_the_cache_and_the_graphs_of_the_measured_phase(
     from llm_at_home.generation.static.step import Step
 
     made: list[Slots] = []
-    graphs: set[bool] = set()  # that a GPU would have captured: whether tokens are sampled
-    advance = Step._advance
     monkeypatch.setattr(graph, "Slots", lambda *args: made.append(Slots(*args)) or made[-1])
-    monkeypatch.setattr(Step, "_advance", lambda self, *kind: graphs.add(kind[0]) or advance(self, *kind))
-    engine = graph.GraphEngine(*loaded, max_new_tokens=260, batch_size=size, warmup_tokens=2)
+    monkeypatch.setattr(
+        Step, "_captured", lambda self, *kind: SimpleNamespace(replay=functools.partial(self._advance, *kind))
+    )
+    engine = graph.GraphEngine(*loaded, max_new_tokens=260, batch_size=size, warmup_tokens=8)
+    engine.capture = True
     turns: Any = QuestionTurns(questions[:3], "m", 0, size)
     if of_random_ids:
         turns = RandomTurns(3, 8, engine.vocabulary, 0, size)
     infer._warm_up(engine, turns)
-    warm = list(made), set(graphs)
+    (room,) = made
+    graphs = set(room.step._graphs)
+    assert {rows for _, rows in graphs} == ({1, 2, 3} if size == 3 else {1})
     turns.answer(engine, tmp_path, 0)
-    assert (made, graphs) == warm
+    assert made == [room]
+    assert set(room.step._graphs) == graphs
 
 
 @pytest.mark.parametrize("size", [2, 4, 16])

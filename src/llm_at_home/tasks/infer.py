@@ -147,8 +147,9 @@ def _turns(config: Mapping[str, Any], engine: Any, run_id: str) -> QuestionTurns
 def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
     """One batch of the measured size: kernels are chosen and compiled, memory is taken, clocks rise.
 
-    An engine with a graph gets one batch more where some questions are answered greedily and some are not: each kind
-    has a graph of its own, which would else be captured in the measured phase.
+    An engine with a graph gets one batch more where some questions are answered greedily and some are not, and half of
+    the answers end with each of the last steps: each kind, and each number of them, has a graph of its own, which would
+    else be captured in the measured phase.
     """
     from llm_at_home.generation.reply import Sampling
 
@@ -157,8 +158,9 @@ def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
     if hasattr(engine, "stream") and not engine.eager_because:
         # As long as the measured ones, so that the cache and its graphs are those of the measured phase.
         for temperature in turns.kinds(engine):
-            sampling = Sampling(engine.warmup_tokens, temperature, ignore_eos=True)
-            requests = [(i, (prompt, sampling)) for i, prompt in enumerate(prompts)]
+            lengths = [max(1, engine.warmup_tokens - i.bit_length()) for i in range(len(prompts))]
+            sampled = [Sampling(tokens, temperature, ignore_eos=True) for tokens in lengths]
+            requests = enumerate(zip(prompts, sampled, strict=True))
             list(engine.stream(requests, longest=turns.longest(engine)))
     else:
         ask(engine, prompts, Sampling(engine.warmup_tokens, ignore_eos=True))
