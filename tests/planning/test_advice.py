@@ -144,6 +144,19 @@ def test_a_small_card_gets_what_trains_in_the_least_memory():
         ask("task=finetune", "gpu=rtx4060", "adapter=lora")  # no more than what was named
 
 
+def test_a_speed_of_kernels_that_a_card_has_not_is_no_speed_of_its():
+    rates = {
+        card: {" ".join(one["overrides"]): one["rate"] for one in values("task=chat", f"gpu={card}")["configurations"]}
+        for card in ("t4", "a100_40gb")
+    }
+    for name in ("quant=gptq", "quant=gptq quant.bits=8", "quant=awq"):
+        assert rates["a100_40gb"][name]["value"] is not None
+        assert rates["t4"][name]["value"] is None
+        assert "Marlin" in rates["t4"][name]["reason"]
+    assert rates["t4"]["quant=gptq quant.bits=3"]["value"] is not None  # which torch multiplied
+    assert "?   measured with Marlin's kernels alone, which this card has not: quant=gptq" in ask("task=chat", "gpu=t4")
+
+
 @pytest.mark.parametrize("kind", ["eager", "training"])
 def test_the_stated_error_is_that_against_the_paper_s_a100(kind):
     card = CARDS["a100_40gb"]

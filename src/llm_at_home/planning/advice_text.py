@@ -10,7 +10,7 @@ from typing import Any
 from llm_at_home.hardware.catalogue import Card, Price
 from llm_at_home.planning.advice import CHAT, Advice, Candidate
 from llm_at_home.planning.plan import prompt_tokens
-from llm_at_home.planning.speed import MEASURED
+from llm_at_home.planning.speed import MARLIN_ALONE, MEASURED
 from llm_at_home.planning.training import accumulation
 from llm_at_home.records.schema import Reading
 
@@ -166,9 +166,14 @@ def _notes(advice: Advice) -> list[str]:
     if predicted:
         lines += ["~   predicted:", *(f"      {why}" for why in dict.fromkeys(predicted))]
         lines.append("<   at most: the card's power limit for the predicted time")
-    unknown = [" ".join(one.words) for one in shown if one.speed.rate.value is None]
-    if unknown:
-        lines.append(f"?   not measured on a GPU: {', '.join(unknown)}")
+    unknown = [one for one in shown if one.speed.rate.value is None]
+    other = [one for one in unknown if MARLIN_ALONE in str(one.speed.rate.reason)]
+    for what, some in (
+        ("not measured on a GPU", [one for one in unknown if one not in other]),
+        (f"measured {MARLIN_ALONE}", other),
+    ):
+        if some:
+            lines.append(f"?   {what}: {', '.join(' '.join(one.words) for one in some)}")
     if advice.task == CHAT:
         api = advice.api
         lines.append(

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from llm_at_home.errors import Refusal
+from llm_at_home.quantization.gptq_kernels import KERNELS
 from llm_at_home.records import store
 from llm_at_home.records.schema import Reading, Record
 
@@ -21,6 +22,7 @@ DECODE, EAGER, TRAINING, FAST = "h100/decode", "h100/table1", "h100/table3", "h1
 PAPER = "h100/paper"  # what make paper ran of methods that table1 lacks
 CARD = "h100"  # of conf/gpu, on which speeds were measured
 SMALL_RANK = 16  # below it an adapter has far fewer parameters than those that learned the handbook
+MARLIN = KERNELS["gptq_marlin"]
 MODEL = "llama2_7b"  # whose shape they were measured on, with random weights
 
 
@@ -86,12 +88,17 @@ def graph_pace(quant: Mapping[str, Any]) -> Pace | None:
     return Pace(median(rates), median(ours["joules"]), read, f"{DECODE}/{quant['name']}.json", len(rates))
 
 
-def eager_pace(quant: Mapping[str, Any], dtype: str) -> Pace | None:
-    """Decoding one conversation with transformers' ``generate``, or None where it was not measured."""
+def eager_pace(quant: Mapping[str, Any], dtype: str, capability: tuple[int, int] = MARLIN.capability) -> Pace | None:
+    """Decoding one conversation with transformers' ``generate``, or None where it was not measured.
+
+    What was measured with Marlin's kernels tells nothing of a card whose compute capability has others.
+    """
     for folder, record in (*records(EAGER), *records(PAPER)):
         config = record.config
         alike = _same_quant(config["quant"], quant) and _same_width(config["dtype"], dtype)
         rate = record.readings.get("decode_tokens_per_second")
+        if capability < MARLIN.capability and "Marlin" in str((record.kernel or {}).get("linear")):
+            continue
         if alike and config["engine"]["batch_size"] == 1 and rate is not None and rate.value:
             joules = record.readings["energy_per_token"].value
             return Pace(rate.value, joules, config, folder, rate.n or 1)

@@ -24,6 +24,7 @@ from llm_at_home.records.schema import Reading
 MEASURED, PREDICTED, AT_MOST = "measured", "predicted", "at_most"
 GRAPH_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SAME_BITS = 0.05  # how far a group size moves the bytes of 4 bits at most; a bit more or less moves them by a fifth
+MARLIN_ALONE = "with Marlin's kernels alone, which this card has not"
 TRITON = (8, 0)  # the compute capability from which engine=graph has the kernels that were measured
 
 
@@ -58,9 +59,11 @@ def decoding(config: Mapping[str, Any], shape: Shape, prompt_tokens: int, card: 
             f"engine=graph: its share of an H100's bandwidth ({graph.place}, n = {graph.n}); held against no other card"
         )
         return _speed(1 / step, graph, shape, card, "graph", None, why)
-    eager = measurements.eager_pace(config["quant"], config["dtype"])
+    eager = measurements.eager_pace(config["quant"], config["dtype"], card.compute_capability)
     if eager is None:
-        unknown = Reading.unknown("tokens/s", f"quant={config['quant']['name']} was not measured on a GPU")
+        known = measurements.eager_pace(config["quant"], config["dtype"]) is not None
+        reason = f"was measured {MARLIN_ALONE}" if known else "was not measured on a GPU"
+        unknown = Reading.unknown("tokens/s", f"quant={config['quant']['name']} {reason}")
         return Speed(unknown, Reading.unknown("J/token", str(unknown.reason)))
     layers = Shape.of(eager.config["model"]).layers
     step = max(shape.layers / layers / eager.rate, read_bytes(shape, config, tokens) / (card.bandwidth * 1e9))
