@@ -1,7 +1,7 @@
 """AdaLoRA and IA3 on linear layers of other libraries, such as GPTQModel's, which PEFT takes for LoRA alone.
 
-Neither method looks at the base's weight to compute, so a packed one will do. Checkpoints are PEFT's. IA3 also goes this
-way on bitsandbytes' layers: outside autocast PEFT's own give float32 there whatever came in, which attention in 16 bits
+Neither method looks at the base's weight to compute, so a packed one will do. Checkpoints are PEFT's. IA3 goes this way
+on bitsandbytes' layers too: outside autocast PEFT's own give float32 there whatever came in, which attention in 16 bits
 does not take beside queries that no IA3 scales.
 """
 
