@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llm_at_home.adapters import compatibility
@@ -17,8 +16,8 @@ from llm_at_home.hardware.device import check_kernel, resolve_dtype
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.models import source
 from llm_at_home.models.logits import capped_logits
-from llm_at_home.records import store
 from llm_at_home.tasks import fast
+from llm_at_home.tasks.checks.resume import accumulation, check_resume
 from llm_at_home.tasks.checks.synthetic import check_synthetic
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 from llm_at_home.training.regional import LAYERS, OFF
@@ -43,7 +42,7 @@ def check(config: Mapping[str, Any]) -> None:
     """Refuse training that cannot work."""
     check_synthetic(config, "data")
     compatibility.check(config)
-    accumulation_schedule(_accumulation(config))
+    accumulation_schedule(accumulation(config))
     _check_precision(config)
     _check_devices(config)
     _check_memory(config)
@@ -58,11 +57,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal("held_out needs conversations with answers, and data=synthetic is random: use held_out=null")
     if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
         raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
-    resume = config["resume"]
-    if resume and not any((Path(resume) / "checkpoints").glob("step_*")):
-        raise Refusal(f"resume={resume} holds no checkpoint: give the folder of an interrupted training run")
-    if resume:
-        _check_same(config, store.load(resume).config, resume)
+    if config["resume"]:
+        check_resume(config, config["resume"])
 
 
 def _check_precision(config: Mapping[str, Any]) -> None:
@@ -200,17 +196,3 @@ def _check_optimizer(config: Mapping[str, Any]) -> None:
         raise Refusal(
             "optimizer=adamw_offload keeps its state in the host's memory, where gpu=cpu has all: use optimizer=adamw"
         )
-
-
-def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
-    before = {"prune": {"name": "none"}, **before}  # of a run of before there was any
-    for group in ("model", "quant", "prune", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
-        if config[group] != before.get(group):
-            raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
-    steps = [_accumulation(c) for c in (config, before)]
-    if accumulation_schedule(steps[0]) != accumulation_schedule(steps[1]):
-        raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
-
-
-def _accumulation(config: Mapping[str, Any]) -> Any:
-    return ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)
