@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraModel, IA3Model
+from peft.tuners.adalora.bnb import SVDLinear8bitLt
 from peft.tuners.adalora.gptq import SVDQuantLinear
 from peft.tuners.ia3.layer import IA3Layer
 from torch import nn
@@ -31,6 +32,15 @@ def is_quantized(target: Any) -> bool:
     return is_packed(target) or (is_linear(base) and library(base) == "bitsandbytes")
 
 
+class AdaLoraLinear8bitLt(SVDLinear8bitLt):
+    """PEFT's, which outside autocast gives float32 whatever came in: the head in 16 bits does not take it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of an input of shape (..., inputs), the base's output of shape (..., outputs) with the update's added."""
+        result = super().forward(x)
+        return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
+
+
 class PackedAdaLoraModel(AdaLoraModel):
     """PEFT's AdaLoRA, with its layer for GPTQ around every packed linear layer."""
 
@@ -42,7 +52,10 @@ class PackedAdaLoraModel(AdaLoraModel):
             return SVDQuantLinear(
                 target, adapter_name, config=lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"]
             )
-        return AdaLoraModel._create_new_module(lora_config, adapter_name, target, device_map=device_map, **kwargs)
+        made = AdaLoraModel._create_new_module(lora_config, adapter_name, target, device_map=device_map, **kwargs)
+        if type(made) is SVDLinear8bitLt:
+            made.__class__ = AdaLoraLinear8bitLt
+        return made
 
 
 class PackedIA3Linear(nn.Module, IA3Layer):
