@@ -11,6 +11,9 @@ from llm_at_home.models import source
 from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.tasks.checks import evaluate, infer, making, train
+from llm_at_home.tasks.checks.values import check_switches
+
+SEEDS = 2**32  # that numpy takes
 
 
 def check(task: str, config: Mapping[str, Any]) -> None:
@@ -19,8 +22,12 @@ def check(task: str, config: Mapping[str, Any]) -> None:
     Raises:
         Refusal: with one line that says what to change.
     """
-    if config["limit"] is not None and config["limit"] < 1:
-        raise Refusal(f"limit={config['limit']} leaves nothing to do: give at least 1, or null for all")
+    limit, seed = config["limit"], config["seed"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise Refusal(f"limit={limit} leaves nothing to do: give at least 1, or null for all")
+    if type(seed) is not int or not 0 <= seed < SEEDS:
+        raise Refusal(f"seed={seed} is no seed: give a whole number from 0 to {SEEDS - 1}")
+    check_switches(config)
     if config.get("adapter_path"):
         adapter_folder(config["adapter_path"])
     if "model" in config:

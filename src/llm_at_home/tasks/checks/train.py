@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from llm_at_home.models.logits import capped_logits
 from llm_at_home.tasks import fast
 from llm_at_home.tasks.checks.resume import accumulation, check_resume
 from llm_at_home.tasks.checks.synthetic import check_synthetic
+from llm_at_home.tasks.checks.values import check_values
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 from llm_at_home.training.regional import LAYERS, OFF
 
@@ -40,8 +42,10 @@ TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderCon
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuse training that cannot work."""
+    check_values(config)
     check_synthetic(config, "data")
     compatibility.check(config)
+    _check_method(config)
     accumulation_schedule(accumulation(config))
     _check_precision(config)
     _check_devices(config)
@@ -49,8 +53,6 @@ def check(config: Mapping[str, Any]) -> None:
     _check_compiled(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
-    if config["trainer"]["max_steps"] < 1:
-        raise Refusal(f"trainer.max_steps={config['trainer']['max_steps']} is too small: give at least 1")
     if config["held_out"] is not None and (type(config["held_out"]) is not int or config["held_out"] < 1):
         raise Refusal(f"held_out={config['held_out']} is no number of conversations: give at least 1, or null")
     if config["held_out"] and config["data"]["source"] == SYNTHETIC:
@@ -59,6 +61,27 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
     if config["resume"]:
         check_resume(config, config["resume"])
+
+
+def _check_method(config: Mapping[str, Any]) -> None:
+    """Refuse what an adapter's method would change by itself, or leave undone, without an error."""
+    adapter = config["adapter"]
+    target = str(adapter.get("_target_"))
+    if target.endswith("AdaLoraConfig"):
+        if "rank_allocation" not in (config["callbacks"] or {}):
+            raise Refusal(f"adapter={adapter['name']} lowers no rank without callbacks.rank_allocation: leave it in")
+        if not adapter["target_r"] < adapter["init_r"]:
+            ranks = f"adapter.target_r={adapter['target_r']} adapter.init_r={adapter['init_r']}"
+            raise Refusal(f"{ranks} leaves no rank to lower: give a larger init_r, or use adapter=lora")
+        if type(adapter["deltaT"]) is not int or adapter["deltaT"] < 1:
+            raise Refusal(f"adapter.deltaT={adapter['deltaT']} is no number of steps: give at least 1")
+    if target.endswith("OFTConfig") and adapter.get("target_modules") == "all-linear":
+        size = adapter.get("oft_block_size")
+        widths = source.widths(config["model"])
+        odd = [width for width in sorted(widths) if size and width % size]
+        if odd:
+            hint = f"give a divisor of {math.gcd(*widths)}"
+            raise Refusal(f"adapter.oft_block_size={size} does not divide layers of {odd[0]} inputs: {hint}")
 
 
 def _check_precision(config: Mapping[str, Any]) -> None:
@@ -80,11 +103,21 @@ def _check_precision(config: Mapping[str, Any]) -> None:
             f"adapter={config['adapter']['name']} dtype=float16 would train float16 weights, whose gradients no scaler "
             "takes: use dtype=float32 trainer.precision=16-mixed, or dtype=bfloat16"
         )
+    if precision == "16-mixed" and dtype == "float16" and _trains_copies(config["adapter"]):
+        raise Refusal(
+            f"adapter={config['adapter']['name']} dtype=float16 would train copies of float16 weights, whose gradients "
+            "no scaler takes: use dtype=float32 trainer.precision=16-mixed, or adapter=lora"
+        )
     if precision == "bf16-true" and config["quant"]["method"] != "dense":
         raise Refusal(
             f"trainer.precision=bf16-true would round the scales of quant={config['quant']['name']} as well: use "
             "trainer.precision=bf16-mixed"
         )
+
+
+def _trains_copies(adapter: Mapping[str, Any]) -> bool:
+    """Whether weights of the base's own dtype train: PEFT casts to float32 what an adapter adds, and nothing else."""
+    return bool(str(adapter.get("_target_")).endswith("LNTuningConfig") or adapter.get("modules_to_save"))
 
 
 def _check_devices(config: Mapping[str, Any]) -> None:
