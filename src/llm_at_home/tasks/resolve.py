@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_at_home.adapters import saved
 from llm_at_home.adapters.attach import adapter_folder
 from llm_at_home.data.passages import passages_hash
 from llm_at_home.data.questions import questions_hash
@@ -79,6 +80,8 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         if "quant" in config:
             base.complete(config, named)
         pruning.complete(config, named)
+        if task == "train":
+            saved.complete(config, named)
     if config.get("questions") and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
