@@ -166,7 +166,7 @@ def check_published(quant: Mapping[str, Any], published: Mapping[str, Any]) -> N
         raise Refusal(f"the checkpoint was quantized by {method}: use quant={'exl' if method == 'exl3' else method}")
     for key, value in stored_settings(published).items():
         if key in quant and quant[key] != value:
-            shown = str(value).lower() if isinstance(value, bool) or value is None else value
+            shown = "null" if value is None else str(value).lower()
             raise Refusal(f"the checkpoint has {key}={shown} and not {quant[key]}: give quant.{key}={shown}")
 
 
