@@ -33,6 +33,8 @@ def checked(task, words, **gpu):
         (["limit=1.5"], "limit=1.5"),
         (["limit=some"], "limit=some"),
         (["seed=-1"], "seed=-1"),
+        (["timeout_s=-1"], "null for none"),
+        (["grace_s=null"], "0 for none"),
         (["seed=null"], "seed=None"),
         (["callbacks.checkpoints.every_n_steps=0"], "every_n_steps=0"),
         (["callbacks.checkpoints.keep=-1"], "keep=-1"),  # which would keep none

@@ -113,6 +113,9 @@ def test_a_run_that_left_no_record_is_resumed_as_well(interrupted, resolved, rec
     [
         ([], ["trainer.max_steps=9"], "has made 10 steps"),
         (["adapter=adalora"], ["trainer.max_steps=200"], "trainer.max_steps=100, and adapter=adalora hands out"),
+        ([], ["callbacks.clipping.max_norm=1"], "callbacks.clipping.max_norm=0.3: give the same"),
+        ([], ["~callbacks.clipping"], "callbacks.clipping.max_norm=0.3: give the same"),
+        ([], ["trainer.precision=bf16-mixed"], "trainer.precision=32-true: give the same"),
         ([], ["data.path=CHANGED"], "other conversations"),
     ],
 )

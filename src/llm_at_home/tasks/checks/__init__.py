@@ -16,6 +16,14 @@ from llm_at_home.tasks.checks.values import check_switches
 SEEDS = 2**32  # that numpy takes
 
 
+def _check_times(config: Mapping[str, Any]) -> None:
+    timeout, grace = config["timeout_s"], config["grace_s"]
+    if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
+        raise Refusal(f"timeout_s={timeout} is no time to end a job after: give seconds, or null for none")
+    if not (type(grace) in (int, float) and grace >= 0):
+        raise Refusal(f"grace_s={grace} is no time to leave a job: give seconds, 0 for none")
+
+
 def check(task: str, config: Mapping[str, Any]) -> None:
     """Refuse, before anything loads, what cannot work.
 
@@ -27,6 +35,7 @@ def check(task: str, config: Mapping[str, Any]) -> None:
         raise Refusal(f"limit={limit} leaves nothing to do: give at least 1, or null for all")
     if type(seed) is not int or not 0 <= seed < SEEDS:
         raise Refusal(f"seed={seed} is no seed: give a whole number from 0 to {SEEDS - 1}")
+    _check_times(config)
     check_switches(config)
     if config.get("adapter_path"):
         adapter_folder(config["adapter_path"])

@@ -24,6 +24,8 @@ GROUPS = (
     "seed",
     "limit",
 )
+# Single keys that are as much a part of the run; what only saves memory or time may change.
+ALIKE = ("trainer.precision", "callbacks.clipping.max_norm")
 
 
 def check_resume(config: Mapping[str, Any], folder: str) -> None:
@@ -59,10 +61,21 @@ def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: st
     steps = [accumulation(c) for c in (config, before)]
     if accumulation_schedule(steps[0]) != accumulation_schedule(steps[1]):
         raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
+    for key in ALIKE:
+        now, then = (_at(c, key) for c in (config, before))
+        if now != then:
+            raise Refusal(f"resume={folder} was run with {key}={then}: give the same")
     planned = before["trainer"]["max_steps"]
     if "schedule" in config["adapter"] and config["trainer"]["max_steps"] != planned:
         why = f"adapter={config['adapter']['name']} hands out its ranks over the steps of the run"
         raise Refusal(f"resume={folder} was run with trainer.max_steps={planned}, and {why}: give the same")
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = (value or {}).get(part)
+    return value
 
 
 def _check_data(config: Mapping[str, Any], folder: str) -> None:
