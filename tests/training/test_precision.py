@@ -90,3 +90,18 @@ def test_a_quantized_base_keeps_its_16_bits_outside_autocast(train_here, tiny_mo
     record = train_here([*words, "dtype=bfloat16", "held_out=1"], tmp_path / "run")
     assert record.readings["start_difference"].value < 1e-3
     assert record.quality["perplexity_test"].value > 1
+
+
+def test_normalisations_of_a_16_bit_base_train_at_small_rates(train_here, tiny_model, tmp_path):
+    """In bfloat16, whose next number after 1 is 1.0078, they would stay what they were."""
+    words = ["model=custom", f"model.source={tiny_model}", "adapter=layernorm", "limit=4", "trainer.max_steps=2"]
+    words += ["optimizer.lr=1e-4", "callbacks.accumulation.steps=1", "dtype=bfloat16", "held_out=1"]
+    record = train_here(words, tmp_path / "run")
+    assert record.readings["start_difference"].value == 0.0
+    assert record.quality["perplexity_test"].value > 1
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all((tensor != 1).any() for tensor in saved.values())
+    further = [*words, f"adapter_path={tmp_path}/run"]
+    train_here(further, tmp_path / "further")
+    again = load_file(tmp_path / "further" / "adapter" / "adapter_model.safetensors")
+    assert all((again[name] != tensor).any() for name, tensor in saved.items())

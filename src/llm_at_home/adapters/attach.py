@@ -78,11 +78,14 @@ def prepare_for_training(
     with library_output():
         from peft import get_peft_model
 
-        from llm_at_home.adapters import methods
+        from llm_at_home.adapters import methods, norms
 
         methods.register(adapter.get("implementation", methods.FACTORED))
         if saved is not None:
-            return _without_constants(_further(model, adapter_folder(saved)))
+            folder = adapter_folder(saved)
+            further = _without_constants(_further(model, folder))
+            norms.widen(further, folder)
+            return further
         options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
         if options.get("target_modules") == "all-linear":
             options["target_modules"] = _linear_names(model)
@@ -93,6 +96,7 @@ def prepare_for_training(
         from llm_at_home.adapters import loftq
 
         loftq.start(made)
+    norms.widen(made)
     return _without_constants(made)
 
 

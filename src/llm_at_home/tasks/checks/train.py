@@ -103,21 +103,16 @@ def _check_precision(config: Mapping[str, Any]) -> None:
             f"adapter={config['adapter']['name']} dtype=float16 would train float16 weights, whose gradients no scaler "
             "takes: use dtype=float32 trainer.precision=16-mixed, or dtype=bfloat16"
         )
-    if precision == "16-mixed" and dtype == "float16" and _trains_copies(config["adapter"]):
+    if precision == "16-mixed" and dtype == "float16" and config["adapter"].get("modules_to_save"):
         raise Refusal(
-            f"adapter={config['adapter']['name']} dtype=float16 would train copies of float16 weights, whose gradients "
-            "no scaler takes: use dtype=float32 trainer.precision=16-mixed, or adapter=lora"
+            "adapter.modules_to_save dtype=float16 would train copies of float16 weights, whose gradients no scaler "
+            "takes: use dtype=float32 trainer.precision=16-mixed, or leave it out"
         )
     if precision == "bf16-true" and config["quant"]["method"] != "dense":
         raise Refusal(
             f"trainer.precision=bf16-true would round the scales of quant={config['quant']['name']} as well: use "
             "trainer.precision=bf16-mixed"
         )
-
-
-def _trains_copies(adapter: Mapping[str, Any]) -> bool:
-    """Whether weights of the base's own dtype train: PEFT casts to float32 what an adapter adds, and nothing else."""
-    return bool(str(adapter.get("_target_")).endswith("LNTuningConfig") or adapter.get("modules_to_save"))
 
 
 def _check_devices(config: Mapping[str, Any]) -> None:
