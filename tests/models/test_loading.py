@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_at_home.adapters import loftq
 from llm_at_home.errors import Refusal
 from llm_at_home.models import loading
 from llm_at_home.models.chat import TEMPLATES
@@ -229,3 +230,19 @@ def test_errors_that_are_nobodys_mistake_pass_unchanged() -> None:
         with pytest.raises(type(error)) as caught, loading.hub_errors("x"):
             raise error
         assert caught.value is error
+
+
+def test_a_library_that_knows_no_revision_is_given_that_revision_s_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--some--thing"
+    for name, commit in (("main", "a" * 40), ("gptq-8bit", "b" * 40)):
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+    assert Path(loading.fetched(group("some/thing", revision="gptq-8bit"))).name == "b" * 40
+    assert loading.fetched(group("some/thing")) == "some/thing"
+    assert loading.fetched(group(tmp_path, revision="gptq-8bit")) == str(tmp_path)
+    # LoftQ reads the unquantized weights of the commit that was loaded.
+    base = SimpleNamespace(name_or_path="some/thing", config=SimpleNamespace(_commit_hash="b" * 40))
+    assert loftq._folder(base).name == "b" * 40

@@ -119,3 +119,10 @@ def test_an_optimizer_keeps_what_is_predicted(plain, name):
     kept = [v for state in optimizer.state.values() for k, v in state.items() if k not in (*tables, "step")]
     measured = sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, torch.Tensor))
     assert optimizer_memory(group, Counter(sizes), 4).state == pytest.approx(measured, rel=0.005)
+
+
+def test_a_checkpoint_with_bits_of_its_own_for_each_layer_is_unknown(plain):
+    config = plain("plan", "quant=gptq_mixed")
+    quant = {**config["quant"], "bits": None, "target_bits": None}  # as a published one is completed
+    with pytest.raises(Refusal, match="bits of their own"):
+        model_bytes(Shape.of(config["model"]), quant, "float16")

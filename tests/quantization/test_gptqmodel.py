@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,3 +375,10 @@ def test_make_quantize_makes_a_checkpoint_ahead_of_its_use(tmp_path, wide_model,
     assert record.readings["bits_per_weight_on_disk"].value > 4
     assert any("kept in" in note for note in record.notes)
     assert not base.needs_making(resolved("infer", wide_model, "quant=gptq", *FEW))
+
+
+def test_a_kernel_takes_the_bits_of_every_layer():
+    """Of a checkpoint that gives some layers other bits, the rest has the checkpoint's own."""
+    stored = SimpleNamespace(bits=8, dynamic={"+:q_proj": {"bits": 4}, "-:k_proj": {}})
+    assert gptq_checkpoint._bits_of(stored) == [4, 8]
+    assert gptq_checkpoint._bits_of(SimpleNamespace(bits=4, dynamic=None)) == [4]

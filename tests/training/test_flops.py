@@ -29,6 +29,13 @@ def test_every_weight_that_multiplies_is_counted_once():
     assert ModelFlops.of(adapted) == ModelFlops(LINEAR + HEAD, 2 * 4 * (32 + 32 + 64 + 32), 2 * 32)
 
 
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [1, 2]}, {"modules_to_save": ["lm_head"]}])
+def test_an_output_layer_that_peft_trains_is_counted_once(options):
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, tie_word_embeddings=True, **SHAPE))
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **options))
+    assert ModelFlops.of(adapted) == ModelFlops(LINEAR, HEAD + 2 * 4 * (32 + 32), 2 * 32)
+
+
 def test_flops_are_those_that_torch_counts():
     """torch's counter takes attention for whole, and an input's gradient for needless where nothing before trains."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -78,3 +78,30 @@ def test_bfloat16_trains_on_the_cpu(train_here, tiny_model, tmp_path):
     train_here([*words, "dtype=bfloat16", "trainer.precision=bf16-true"], tmp_path / "run")
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["adapter=ia3", "quant=nf4"], ["adapter=ia3", "quant=int8"], ["adapter=adalora", "quant=int8"]],
+    ids=" ".join,
+)
+def test_a_quantized_base_keeps_its_16_bits_outside_autocast(train_here, tiny_model, tmp_path, words):
+    words = ["model=custom", f"model.source={tiny_model}", "limit=4", "trainer.max_steps=4", *words]
+    record = train_here([*words, "dtype=bfloat16", "held_out=1"], tmp_path / "run")
+    assert record.readings["start_difference"].value < 1e-3
+    assert record.quality["perplexity_test"].value > 1
+
+
+def test_normalisations_of_a_16_bit_base_train_at_small_rates(train_here, tiny_model, tmp_path):
+    """In bfloat16, whose next number after 1 is 1.0078, they would stay what they were."""
+    words = ["model=custom", f"model.source={tiny_model}", "adapter=layernorm", "limit=4", "trainer.max_steps=2"]
+    words += ["optimizer.lr=1e-4", "callbacks.accumulation.steps=1", "dtype=bfloat16", "held_out=1"]
+    record = train_here(words, tmp_path / "run")
+    assert record.readings["start_difference"].value == 0.0
+    assert record.quality["perplexity_test"].value > 1
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all((tensor != 1).any() for tensor in saved.values())
+    further = [*words, f"adapter_path={tmp_path}/run"]
+    train_here(further, tmp_path / "further")
+    again = load_file(tmp_path / "further" / "adapter" / "adapter_model.safetensors")
+    assert all((again[name] != tensor).any() for name, tensor in saved.items())

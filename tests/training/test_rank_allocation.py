@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from llm_at_home.adapters.attach import prepare_for_training, rank_schedule
 from llm_at_home.errors import Refusal
+from llm_at_home.records import store
 from llm_at_home.training.callbacks.rank_allocation import RankAllocation
 
 WORDS = (
@@ -53,6 +54,19 @@ def test_the_mean_rank_ends_at_the_target_and_a_resumed_run_ends_the_same(comman
     assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == (
         straight / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_with_nothing_left_to_train_is_resumed_to_its_end(train_here, tiny_model, tmp_path):
+    """As one that was stopped at its last step, or failed after it: on a full disk, say."""
+    words = [*WORDS, "model=custom", f"model.source={tiny_model}", "trainer.max_steps=6", "limit=6"]
+    words += ["callbacks.checkpoints.every_n_steps=6", "callbacks.accumulation.steps=1"]
+    first = train_here(words, tmp_path / "first")
+    store.save(first, tmp_path / "first")
+    again = train_here([*words, f"resume={tmp_path}/first"], tmp_path / "again")
+    assert again.adapter == first.adapter
+    assert again.readings["gradient_norm_median"].value == first.readings["gradient_norm_median"].value
+    for name in ("adapter/adapter_model.safetensors", "metrics.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 ADALORA = {

@@ -9,6 +9,11 @@ import time
 
 import pytest
 
+from llm_at_home.errors import Refusal
+from llm_at_home.records import store
+from llm_at_home.records.schema import Record
+from llm_at_home.tasks import resolve
+
 STEPS = 40
 PROTOCOL = (
     "adapter=lora",
@@ -74,6 +79,65 @@ def test_resume_with_other_settings_is_refused(tmp_path, command):
     nothing = command("train.py", *few, f"resume={tmp_path}/none")
     assert nothing.returncode == 2
     assert "holds no checkpoint" in nothing.stderr
+
+
+@pytest.fixture
+def interrupted(tmp_path, resolved):
+    """``interrupted(words, **record)``: the folder of a run of these words that was stopped at its step 10."""
+
+    def make(words, record=True, **provenance):
+        folder = tmp_path / "interrupted"
+        (folder / "checkpoints" / "step_000010").mkdir(parents=True)
+        (folder / "checkpoints" / "step_000010" / "trainer.ckpt").touch()
+        config = resolved(words)
+        store.write_json(folder / store.JOB, {"task": "train", "config": config})
+        if record:
+            store.save(Record("train", "interrupted", config, provenance=provenance), folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["record", "no record"])
+def test_a_run_that_left_no_record_is_resumed_as_well(interrupted, resolved, record):
+    """As after a power cut, when neither the job nor its command could write one."""
+    folder = interrupted(["callbacks.accumulation.steps={0: 8, 5: 4}"], record=record)
+    again = ["callbacks.accumulation.steps={0: 8, 5: 4}", f"resume={folder}"]
+    resolve.check("train", resolved(again))
+    with pytest.raises(Refusal, match="another optimizer"):
+        resolve.check("train", resolved([*again, "optimizer.lr=1"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "further", "why"),
+    [
+        ([], ["trainer.max_steps=9"], "has made 10 steps"),
+        (["adapter=adalora"], ["trainer.max_steps=200"], "trainer.max_steps=100, and adapter=adalora hands out"),
+        ([], ["callbacks.clipping.max_norm=1"], "callbacks.clipping.max_norm=0.3: give the same"),
+        ([], ["~callbacks.clipping"], "callbacks.clipping.max_norm=0.3: give the same"),
+        ([], ["trainer.precision=bf16-mixed"], "trainer.precision=32-true: give the same"),
+        ([], ["data.path=CHANGED"], "other conversations"),
+    ],
+)
+def test_what_would_be_another_run_is_not_resumed(interrupted, resolved, tmp_path, words, further, why):
+    file = tmp_path / "own.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    file.write_text(f"{line}\n")
+    words = [*words, "data=jsonl", f"data.path={file}"]
+    folder = interrupted(words, data=resolve.ingredients("train", resolved(words))["data"])
+    resolve.check("train", resolved([*words, f"resume={folder}"]))
+    if further == ["data.path=CHANGED"]:
+        further = []
+        file.write_text(f"{line}\n{line}\n")
+    with pytest.raises(Refusal, match=why):
+        resolve.check("train", resolved([*words, *further, f"resume={folder}"]))
+
+
+def test_a_checkpoint_without_its_trainer_s_state_is_none(interrupted, resolved):
+    folder = interrupted([])
+    (folder / "checkpoints" / "step_000010" / "trainer.ckpt").unlink()
+    with pytest.raises(Refusal, match="holds no checkpoint"):
+        resolve.check("train", resolved([f"resume={folder}"]))
 
 
 def test_a_fully_trained_model_is_read_as_it_is(tmp_path, command):

@@ -64,6 +64,9 @@ def prepare_for_training(
         adapter: the ``adapter`` group; ``trains`` is ``adapter``, ``all`` or ``nothing``.
         saved: an adapter to go on training, instead of a fresh one.
         steps: optimizer steps of the run, for an adapter whose ``schedule`` counts them.
+
+    Raises:
+        Refusal: for a saved adapter that does not fit this model.
     """
     if adapter["trains"] == "all":
         return model.requires_grad_(True).train()
@@ -73,13 +76,16 @@ def prepare_for_training(
     from hydra.utils import instantiate
 
     with library_output():
-        from peft import PeftModel, get_peft_model
+        from peft import get_peft_model
 
-        from llm_at_home.adapters import methods
+        from llm_at_home.adapters import methods, norms
 
         methods.register(adapter.get("implementation", methods.FACTORED))
         if saved is not None:
-            return PeftModel.from_pretrained(model, str(adapter_folder(saved)), is_trainable=True).train()
+            folder = adapter_folder(saved)
+            further = _without_constants(_further(model, folder))
+            norms.widen(further, folder)
+            return further
         options = {key: value for key, value in adapter.items() if key not in OWN_KEYS}
         if options.get("target_modules") == "all-linear":
             options["target_modules"] = _linear_names(model)
@@ -90,11 +96,25 @@ def prepare_for_training(
         from llm_at_home.adapters import loftq
 
         loftq.start(made)
-    for name, parameter in made.named_parameters():
+    norms.widen(made)
+    return _without_constants(made)
+
+
+def _further(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True).train()
+    except (RuntimeError, ValueError) as error:
+        raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def _without_constants(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
         # AdaLoRA's constant, which PEFT makes anew, and trainable, when it casts it to a 16-bit base's dtype.
         if ".ranknum." in name:
             parameter.requires_grad_(False)
-    return made
+    return model
 
 
 def rank_schedule(schedule: Mapping[str, float], steps: int | None) -> dict[str, int]:

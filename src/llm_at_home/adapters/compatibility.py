@@ -20,6 +20,9 @@ ONLY = {
     PISSA: (("none",), "it takes the base's weights apart"),
     LOFTQ: (("nf4", "nf4_nested"), "it makes up for the rounding of nf4"),
 }
+TRAINS = ("adapter", "all", "nothing")
+# Starts of LoRA that PEFT computes from data, which somebody has to show it; without it trains from another start.
+PREPARED = ("eva", "corda", "lora_ga")
 # By base: the feature, and why not.
 REFUSED: dict[str, dict[str, str]] = {
     "int8": {
@@ -59,6 +62,13 @@ def check(config: Mapping[str, Any]) -> None:
         Refusal: with one line that says what to change.
     """
     adapter, quant = config["adapter"], config["quant"]
+    if adapter["trains"] not in TRAINS:
+        raise Refusal(f"adapter.trains={adapter['trains']} is unknown: choose one of {', '.join(TRAINS)}")
+    start = str(adapter.get("init_lora_weights"))
+    if start.startswith(PREPARED):
+        raise Refusal(
+            f"adapter.init_lora_weights={start} starts from data, which nothing here shows it: use adapter=lora"
+        )
     if adapter.get("implementation", methods.FACTORED) not in methods.IMPLEMENTATIONS:
         known = " or ".join(methods.IMPLEMENTATIONS)
         raise Refusal(f"adapter.implementation={adapter['implementation']} is unknown: choose {known}")

@@ -26,8 +26,7 @@ def start(model: Any, adapter_name: str = "default") -> int:
     from peft.tuners.lora import Linear4bit
     from peft.utils.loftq_utils import _SafetensorLoader
 
-    folder = Path(model.get_base_model().name_or_path)
-    weights = _SafetensorLoader(model, str(folder / "model.safetensors") if folder.is_dir() else None)
+    weights = _SafetensorLoader(model, str(_folder(model.get_base_model()) / "model.safetensors"))
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     if not layers:
         raise ValueError("LoftQ needs a base of 4-bit layers: use quant=nf4")
@@ -39,6 +38,17 @@ def start(model: Any, adapter_name: str = "default") -> int:
             weight = table[adapter_name].weight
             weight.data = factor.to(weight.device, weight.dtype)
     return len(layers)
+
+
+def _folder(base: Any) -> Path:
+    """Where the base was loaded from; of the hub's, the commit that was, which PEFT would not ask for."""
+    folder = Path(base.name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    commit = getattr(base.config, "_commit_hash", None)
+    return Path(snapshot_download(base.name_or_path, revision=commit, local_files_only=True))
 
 
 def dequantized(layer: Any) -> torch.Tensor:

@@ -12,6 +12,8 @@ from llm_at_home.models.chat import ensure_chat_template
 from llm_at_home.models.embedded import ensure_converted
 from llm_at_home.models.source import EMBEDDED
 
+PICKLED = ["*.bin", "*.pt", "*.pth"]
+
 
 def location(model: Mapping[str, Any]) -> str:
     """The folder or hub id that transformers is to load."""
@@ -19,6 +21,21 @@ def location(model: Mapping[str, Any]) -> str:
         return str(ensure_converted())
     folder = Path(model["source"]).expanduser()
     return str(folder) if folder.is_dir() else model["source"]
+
+
+def fetched(model: Mapping[str, Any]) -> str:
+    """:func:`location` for a library that takes no revision: where one is named, the folder of its files.
+
+    Raises:
+        Refusal: when the hub does not give it.
+    """
+    place = location(model)
+    if Path(place).is_dir() or model["revision"] is None:
+        return place
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(model["source"]):
+        return str(snapshot_download(place, revision=model["revision"], ignore_patterns=PICKLED))
 
 
 def load_config(model: Mapping[str, Any]) -> Any:

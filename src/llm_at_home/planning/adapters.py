@@ -302,9 +302,7 @@ def _lora(shape: Shape, adapter: Mapping[str, Any], quant: Mapping[str, Any], by
 
 
 def _ia3(layers: list[Linear], adapter: Mapping[str, Any], quant: Mapping[str, Any], bytes_each: int) -> Kept:
-    wide = bytes_each == 2 and quant["method"] == "bitsandbytes"
-    token = 0.0
-    for linear in layers:
-        scaled_inputs = linear.name in adapter["feedforward_modules"]
-        token += 4.0 * linear.inputs if scaled_inputs else (4.0 if wide else bytes_each) * linear.outputs
-    return Kept(token, wide=wide)
+    # PEFT's layer for plain linear layers copies its input in float32; this project's for quantized ones does not.
+    copied = bytes_each if quant["method"] in ("bitsandbytes", "gptqmodel") else 4
+    scaled = adapter["feedforward_modules"]
+    return Kept(float(sum(copied * one.inputs if one.name in scaled else bytes_each * one.outputs for one in layers)))

@@ -51,11 +51,17 @@ def _gptqmodel_bits(quant: Mapping[str, Any]) -> float:
     """Codes with a 16-bit scale for each group, and a zero point of as many bits as a code where it is not symmetric.
 
     The kernels of a GPU drop the order of columns where it is the plain one, and symmetric zero points.
+
+    Raises:
+        Refusal: for a published checkpoint whose layers have different bits.
     """
     if quant.get("target_bits"):
         return float(quant["target_bits"])  # scales included, as the choice of bits counts them
     if quant["algorithm"] == "exl3":
         return float(quant["bits"])
+    if quant["bits"] is None:
+        what = f"the layers of this quant={quant['name']} checkpoint have bits of their own"
+        raise Refusal(f"{what}, which the planner does not read: plan with quant=gptq quant.bits=N, N their average")
     return quant["bits"] + (16 + (0 if quant["sym"] else quant["bits"])) / quant["group_size"]
 
 

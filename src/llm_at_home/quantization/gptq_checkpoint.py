@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
-from llm_at_home.models.loading import load_tokenizer, load_weights, location
+from llm_at_home.models.loading import fetched, load_tokenizer, load_weights
 from llm_at_home.quantization import calibration, mixed_bits
 from llm_at_home.quantization.gptq_kernels import kernel_for
 from llm_at_home.quantization.gptq_output import library_output
@@ -76,7 +76,7 @@ def _make(config: Mapping[str, Any], folder: Path) -> None:
         # Its logs would go to ./logs, wherever that is.
         loop_processor._PROJECT_LOG_DIR = folder / "logs"
         settings = _settings(config, rows, dtype)
-        maker = GPTQModel.load(location(config["model"]), settings, dtype=getattr(torch, dtype), device=device)
+        maker = GPTQModel.load(fetched(config["model"]), settings, dtype=getattr(torch, dtype), device=device)
         maker.layer_callback = _Progress(maker.model.config.num_hidden_layers)
         examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
         maker.quantize(examples, batch_size=1, backend=BACKEND(PACKING[quant["algorithm"]]))
@@ -151,9 +151,7 @@ def read(folder: str, config: Mapping[str, Any]) -> Any:
         from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
         stored = QuantizeConfig.from_pretrained(folder)
-        overridden = [rule["bits"] for rule in (stored.dynamic or {}).values() if "bits" in rule]
-        bits = overridden or [int(stored.bits)]
-        kernel = kernel_for(config, bits)
+        kernel = kernel_for(config, _bits_of(stored))
         try:
             loaded = GPTQModel.load(
                 folder,
@@ -174,6 +172,12 @@ def read(folder: str, config: Mapping[str, Any]) -> Any:
         del model.hf_device_map  # which is for models spread over devices: PEFT's prefix tuning looks for a GPU in it
     model.llm_at_home_checkpoint = str(folder)
     return model
+
+
+def _bits_of(stored: Any) -> list[int]:
+    """The bits that a checkpoint's layers may have: its own, and those of the layers that have others."""
+    overridden = {int(rule["bits"]) for rule in (stored.dynamic or {}).values() if "bits" in rule}
+    return sorted({int(stored.bits), *overridden})
 
 
 class _Progress:

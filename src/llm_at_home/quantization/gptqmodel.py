@@ -132,14 +132,14 @@ def ensure(config: Mapping[str, Any]) -> str:
     Raises:
         Refusal: when the source is quantized otherwise than the configuration says.
     """
-    from llm_at_home.models.loading import load_config, location
+    from llm_at_home.models.loading import fetched, load_config
     from llm_at_home.quantization import gptq_checkpoint
 
     published = getattr(load_config(config["model"]), "quantization_config", None)
     if published is None:
         return str(gptq_checkpoint.ensure(config))
     check_published(config["quant"], published)
-    return location(config["model"])
+    return fetched(config["model"])
 
 
 def needs_making(config: Mapping[str, Any]) -> bool:
@@ -166,7 +166,7 @@ def check_published(quant: Mapping[str, Any], published: Mapping[str, Any]) -> N
         raise Refusal(f"the checkpoint was quantized by {method}: use quant={'exl' if method == 'exl3' else method}")
     for key, value in stored_settings(published).items():
         if key in quant and quant[key] != value:
-            shown = str(value).lower() if isinstance(value, bool) or value is None else value
+            shown = "null" if value is None else str(value).lower()
             raise Refusal(f"the checkpoint has {key}={shown} and not {quant[key]}: give quant.{key}={shown}")
 
 

@@ -13,6 +13,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.records.schema import Record
 
 RECORD = "record.json"
+JOB = "job.json"  # what a run was asked to do, written before it begins
 # Left in the folder of a run that was skipped, so that a later command may name that folder all the same.
 POINTER = "finished_in.json"
 INDEX = ".finished"
@@ -54,6 +55,22 @@ def load(folder: Path | str) -> Record:
         return Record.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Refusal(f"{path} cannot be read as a record: {error}") from error
+
+
+def config_of(folder: Path | str) -> dict[str, Any]:
+    """The configuration of a run: its record's, or its job's where it was cut off before it could leave a record.
+
+    Raises:
+        Refusal: when neither is there, or what is there cannot be read.
+    """
+    job = Path(folder) / JOB
+    if (Path(folder) / RECORD).is_file() or not job.is_file():
+        return load(folder).config
+    try:
+        config: dict[str, Any] = dict(json.loads(job.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Refusal(f"{job} cannot be read as a job: {error}") from error
+    return config
 
 
 def run_folder(folder: Path | str) -> Path:

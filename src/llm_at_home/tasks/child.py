@@ -27,7 +27,7 @@ from llm_at_home.records import provenance, store
 from llm_at_home.records.schema import Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import helper, logs, resolve
-from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, JOB, REFUSAL
+from llm_at_home.tasks.launch import EXIT_FAILED, EXIT_REFUSED, REFUSAL
 
 log = logging.getLogger("llm_at_home")
 PR_SET_PDEATHSIG = 1
@@ -36,7 +36,7 @@ PARENT_POLL_SECONDS = 1.0
 
 def main(folder: Path) -> int:
     """Run the job, write its record, and return the exit code."""
-    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    job = json.loads((folder / store.JOB).read_text(encoding="utf-8"))
     _die_with_parent(job["config"]["grace_s"])
     with (folder / "job.log").open("a", encoding="utf-8") as log_file:
         faulthandler.enable(log_file)

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
+from llm_at_home.errors import Refusal
 from llm_at_home.training.regional import LAYERS, OFF
 
 # Of the trainer group; the rest is Lightning's.
@@ -20,6 +21,9 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
 
     A fused optimizer takes an fp16 scaler's factor back inside its step, after the gradients were clipped: with
     ``16-mixed`` it stays the usual one.
+
+    Raises:
+        Refusal: where ``trainer.fused`` is no switch.
     """
     trainer = dict(config["trainer"])
     for key in ("compile", "graph"):
@@ -27,7 +31,10 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
             trainer[key] = OFF
     takes = config["optimizer"]["_target_"] in FUSED and trainer["precision"] != "16-mixed"
     optimizer = config["optimizer"]
-    if trainer.pop("fused", False) and takes:
+    fused = trainer.pop("fused", False)
+    if not isinstance(fused, bool):
+        raise Refusal(f"trainer.fused={fused} is no switch: give true or false")
+    if fused and takes:
         optimizer = {**optimizer, "fused": True}
     return {**config, "trainer": trainer, "optimizer": optimizer}
 

@@ -24,7 +24,6 @@ from llm_at_home.records.schema import Reading, Record
 from llm_at_home.tasks import judging, plugins, resolve, sweep
 from llm_at_home.tasks.process import Child, Ending
 
-JOB = "job.json"
 CONFIG = "config.yaml"
 REFUSAL = "refusal.txt"
 IN_THIS_PROCESS = {"chat": "infer", "serve": "serve"}  # modes of infer.py that need the terminal, and their modules
@@ -143,7 +142,7 @@ def run_or_skip(task: str, config: dict[str, Any], folder: Path, parent: str | N
             return status, record
     if (folder / store.RECORD).is_file():
         (folder / store.RECORD).replace(folder / "record.previous.json")
-    store.write_json(folder / JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})
+    store.write_json(folder / store.JOB, {"task": task, "config_hash": digest, "sweep": parent, "config": config})
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
     (folder / tracking.RUN).unlink(missing_ok=True)
     refusal = folder / REFUSAL

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_at_home.adapters import saved
 from llm_at_home.adapters.attach import adapter_folder
 from llm_at_home.data.passages import passages_hash
 from llm_at_home.data.questions import questions_hash
@@ -36,6 +37,7 @@ UNUSED = {
     "fidelity": (*_OF_A_JUDGE, "data", "engine", "text", "adapter_path", "harness"),
     "harness": (*_OF_A_JUDGE, "data", "text", "fidelity"),
 }
+TRAINED_WITH = ("model", "quant", "adapter", "data", "gpu", "trainer", "optimizer", "memory")
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -56,6 +58,9 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise Refusal(f"{key}{str(error).splitlines()[0]}") from error
+    if task == "train":
+        _refuse_missing(config)
+        config = {"scheduler": None, "callbacks": None, **config}  # which ~scheduler and ~callbacks leave out
     if task == "evaluate":
         if config["task"] not in UNUSED:
             raise Refusal(f"task={config['task']} is unknown: choose one of {', '.join(UNUSED)}")
@@ -75,12 +80,20 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
         if "quant" in config:
             base.complete(config, named)
         pruning.complete(config, named)
+        if task == "train":
+            saved.complete(config, named)
     if config.get("questions") and config["questions"]["path"]:
         path = Path(config["questions"]["path"])
         config["questions"] |= {"source": "path", "name": path.stem}
     if "trainer" in config and config["trainer"]["precision"] is None:
         config["trainer"]["precision"] = PRECISION[config["dtype"]]
     return planned.settle(fast.settle(config)) if "trainer" in config else config
+
+
+def _refuse_missing(config: Mapping[str, Any]) -> None:
+    for group in TRAINED_WITH:
+        if not isinstance(config.get(group), Mapping):
+            raise Refusal(f"{group}= is missing, without which nothing trains: choose one of conf/{group}")
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

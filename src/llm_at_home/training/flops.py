@@ -38,19 +38,26 @@ class ModelFlops:
     @classmethod
     def of(cls, model: Any) -> ModelFlops:
         """Count a causal language model of transformers, with or without a PEFT adapter, on any base."""
-        linears = {id(layer): layer for _, layer in linear_layers(model)}
         head = model.get_output_embeddings()
+        of_head = {id(module) for module in head.modules()}  # more than one where PEFT has wrapped it to train it
+        linears = {id(layer): layer for _, layer in linear_layers(model) if id(layer) not in of_head}
         linears[id(head)] = head
         frozen = trained = 0
         for layer in linears.values():
             weight = getattr(layer, "weight", None)
-            size = layer.in_features * layer.out_features
+            # PEFT's wrapper around an output layer with trained tokens has a weight and no widths.
+            size = layer.in_features * layer.out_features if hasattr(layer, "in_features") else layer.weight.numel()
             if weight is not None and weight.requires_grad:
                 trained += size
             else:
                 frozen += size
         for name, module in model.named_modules():
-            if id(module) in linears or isinstance(module, torch.nn.Embedding) or "prompt_encoder" in name:
+            if (
+                id(module) in linears
+                or id(module) in of_head
+                or isinstance(module, torch.nn.Embedding)
+                or "prompt_encoder" in name
+            ):
                 continue
             # Vectors scale and shift; they multiply nothing.
             own = (p for p in module.parameters(recurse=False) if p.requires_grad and p.dim() > 1 and min(p.shape) > 1)

@@ -11,6 +11,17 @@ from llm_at_home.models import source
 from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.tasks.checks import evaluate, infer, making, train
+from llm_at_home.tasks.checks.values import check_switches
+
+SEEDS = 2**32  # that numpy takes
+
+
+def _check_times(config: Mapping[str, Any]) -> None:
+    timeout, grace = config["timeout_s"], config["grace_s"]
+    if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
+        raise Refusal(f"timeout_s={timeout} is no time to end a job after: give seconds, or null for none")
+    if not (type(grace) in (int, float) and grace >= 0):
+        raise Refusal(f"grace_s={grace} is no time to leave a job: give seconds, 0 for none")
 
 
 def check(task: str, config: Mapping[str, Any]) -> None:
@@ -19,8 +30,13 @@ def check(task: str, config: Mapping[str, Any]) -> None:
     Raises:
         Refusal: with one line that says what to change.
     """
-    if config["limit"] is not None and config["limit"] < 1:
-        raise Refusal(f"limit={config['limit']} leaves nothing to do: give at least 1, or null for all")
+    limit, seed = config["limit"], config["seed"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise Refusal(f"limit={limit} leaves nothing to do: give at least 1, or null for all")
+    if type(seed) is not int or not 0 <= seed < SEEDS:
+        raise Refusal(f"seed={seed} is no seed: give a whole number from 0 to {SEEDS - 1}")
+    _check_times(config)
+    check_switches(config)
     if config.get("adapter_path"):
         adapter_folder(config["adapter_path"])
     if "model" in config:

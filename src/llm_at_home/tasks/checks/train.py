@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llm_at_home.adapters import compatibility
@@ -17,9 +17,10 @@ from llm_at_home.hardware.device import check_kernel, resolve_dtype
 from llm_at_home.hardware.present import present_gpus
 from llm_at_home.models import source
 from llm_at_home.models.logits import capped_logits
-from llm_at_home.records import store
 from llm_at_home.tasks import fast
+from llm_at_home.tasks.checks.resume import accumulation, check_resume
 from llm_at_home.tasks.checks.synthetic import check_synthetic
+from llm_at_home.tasks.checks.values import check_values
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 from llm_at_home.training.regional import LAYERS, OFF
 
@@ -41,28 +42,46 @@ TRAINED_PROMPTS = ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderCon
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuse training that cannot work."""
+    check_values(config)
     check_synthetic(config, "data")
     compatibility.check(config)
-    accumulation_schedule(_accumulation(config))
+    _check_method(config)
+    accumulation_schedule(accumulation(config))
     _check_precision(config)
     _check_devices(config)
     _check_memory(config)
     _check_compiled(config)
     if "schedule" in config["adapter"]:
         rank_schedule(config["adapter"]["schedule"], config["trainer"]["max_steps"])
-    if config["trainer"]["max_steps"] < 1:
-        raise Refusal(f"trainer.max_steps={config['trainer']['max_steps']} is too small: give at least 1")
     if config["held_out"] is not None and (type(config["held_out"]) is not int or config["held_out"] < 1):
         raise Refusal(f"held_out={config['held_out']} is no number of conversations: give at least 1, or null")
     if config["held_out"] and config["data"]["source"] == SYNTHETIC:
         raise Refusal("held_out needs conversations with answers, and data=synthetic is random: use held_out=null")
     if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
         raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
-    resume = config["resume"]
-    if resume and not any((Path(resume) / "checkpoints").glob("step_*")):
-        raise Refusal(f"resume={resume} holds no checkpoint: give the folder of an interrupted training run")
-    if resume:
-        _check_same(config, store.load(resume).config, resume)
+    if config["resume"]:
+        check_resume(config, config["resume"])
+
+
+def _check_method(config: Mapping[str, Any]) -> None:
+    """Refuse what an adapter's method would change by itself, or leave undone, without an error."""
+    adapter = config["adapter"]
+    target = str(adapter.get("_target_"))
+    if target.endswith("AdaLoraConfig"):
+        if "rank_allocation" not in (config["callbacks"] or {}):
+            raise Refusal(f"adapter={adapter['name']} lowers no rank without callbacks.rank_allocation: leave it in")
+        if not adapter["target_r"] < adapter["init_r"]:
+            ranks = f"adapter.target_r={adapter['target_r']} adapter.init_r={adapter['init_r']}"
+            raise Refusal(f"{ranks} leaves no rank to lower: give a larger init_r, or use adapter=lora")
+        if type(adapter["deltaT"]) is not int or adapter["deltaT"] < 1:
+            raise Refusal(f"adapter.deltaT={adapter['deltaT']} is no number of steps: give at least 1")
+    if target.endswith("OFTConfig") and adapter.get("target_modules") == "all-linear":
+        size = adapter.get("oft_block_size")
+        widths = source.widths(config["model"])
+        odd = [width for width in sorted(widths) if size and width % size]
+        if odd:
+            hint = f"give a divisor of {math.gcd(*widths)}"
+            raise Refusal(f"adapter.oft_block_size={size} does not divide layers of {odd[0]} inputs: {hint}")
 
 
 def _check_precision(config: Mapping[str, Any]) -> None:
@@ -83,6 +102,11 @@ def _check_precision(config: Mapping[str, Any]) -> None:
         raise Refusal(
             f"adapter={config['adapter']['name']} dtype=float16 would train float16 weights, whose gradients no scaler "
             "takes: use dtype=float32 trainer.precision=16-mixed, or dtype=bfloat16"
+        )
+    if precision == "16-mixed" and dtype == "float16" and config["adapter"].get("modules_to_save"):
+        raise Refusal(
+            "adapter.modules_to_save dtype=float16 would train copies of float16 weights, whose gradients no scaler "
+            "takes: use dtype=float32 trainer.precision=16-mixed, or leave it out"
         )
     if precision == "bf16-true" and config["quant"]["method"] != "dense":
         raise Refusal(
@@ -200,17 +224,3 @@ def _check_optimizer(config: Mapping[str, Any]) -> None:
         raise Refusal(
             "optimizer=adamw_offload keeps its state in the host's memory, where gpu=cpu has all: use optimizer=adamw"
         )
-
-
-def _check_same(config: Mapping[str, Any], before: Mapping[str, Any], folder: str) -> None:
-    before = {"prune": {"name": "none"}, **before}  # of a run of before there was any
-    for group in ("model", "quant", "prune", "adapter", "data", "optimizer", "scheduler", "dtype", "seed", "limit"):
-        if config[group] != before.get(group):
-            raise Refusal(f"resume={folder} was run with another {group}: give the same overrides as then")
-    steps = [_accumulation(c) for c in (config, before)]
-    if accumulation_schedule(steps[0]) != accumulation_schedule(steps[1]):
-        raise Refusal(f"resume={folder} was run with callbacks.accumulation.steps={steps[1]}: give the same")
-
-
-def _accumulation(config: Mapping[str, Any]) -> Any:
-    return ((config.get("callbacks") or {}).get("accumulation") or {}).get("steps", 1)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 TRAINER_STATE = "trainer.ckpt"
+PREVIOUS = "checkpoints.previous"
 
 
 class Checkpoints(Callback):
@@ -19,7 +20,8 @@ class Checkpoints(Callback):
 
     Each holds ``adapter/`` (or ``model/`` where every weight trains), which PEFT and transformers read, and
     ``trainer.ckpt`` with the trainable weights, optimizer, schedule, position in the data and random states. It is
-    written under a temporary name and renamed, so that a full disk leaves the last one whole.
+    written under a temporary name and renamed, so that a full disk leaves the last one whole. What an earlier run left
+    in the folder becomes ``checkpoints.previous`` when a run begins anew there.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
@@ -47,8 +49,10 @@ class Checkpoints(Callback):
         self._random = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Restore the random states of a resumed run."""
+        """Restore the random states of a resumed run; put aside what is not of this run."""
         self._last_step = trainer.global_step
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            _put_aside(Path(trainer.default_root_dir))
         if self._random is not None:
             random.setstate(self._random["python"])
             numpy.random.set_state(self._random["numpy"])
@@ -72,25 +76,35 @@ class Checkpoints(Callback):
         root = Path(trainer.default_root_dir) / "checkpoints"
         folder = root / f"step_{trainer.global_step:06d}"
         self._last_step = trainer.global_step
-        if self._saved == trainer.global_step or (folder.is_dir() and trainer.world_size == 1):
+        if self._saved == trainer.global_step:
             return folder
         self._saved = trainer.global_step
         temporary = root / f".{folder.name}.tmp"
         if not trainer.is_global_zero:
             trainer.save_checkpoint(temporary / TRAINER_STATE)
             return folder
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             save_weights(pl_module.model, temporary)
             trainer.save_checkpoint(temporary / TRAINER_STATE)
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in sorted(root.glob("step_*"))[: -self.keep]:
+        found = sorted(root.glob("step_*"))
+        made = [one for one in found if one.name <= folder.name]
+        # A run that was resumed here from elsewhere may find later ones, which are not its own.
+        for old in {*found} - {*made[-self.keep :]}:
             shutil.rmtree(old, ignore_errors=True)
         return folder
+
+
+def _put_aside(run_folder: Path) -> None:
+    found = run_folder / "checkpoints"
+    if any(found.glob("step_*")):
+        shutil.rmtree(run_folder / PREVIOUS, ignore_errors=True)
+        found.rename(run_folder / PREVIOUS)
 
 
 def save_weights(model: Any, folder: Path) -> Path:

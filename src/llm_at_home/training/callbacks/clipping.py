@@ -27,8 +27,8 @@ class GradientClipping(Callback):
         """Tell Lightning the threshold; it calls the module's clipping with it."""
         trainer.gradient_clip_val = self.max_norm
 
-    def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:  # type: ignore[override]
-        """Keep the norms that the module measured."""
+    def on_fit_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:  # type: ignore[override]
+        """Know where the module keeps the norms that it measures, also those of a run that ends early."""
         self._history = pl_module.history
 
     def readings(self) -> dict[str, Reading]:

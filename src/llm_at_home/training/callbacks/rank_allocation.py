@@ -27,7 +27,10 @@ class RankAllocation(Callback):
         self._restored: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Find the adapter, if it is one of AdaLoRA's."""
+        """Find the adapter, if it is one of AdaLoRA's, and put back what a resumed run knew of its directions.
+
+        Here and not when training starts, which it does not where the last step was made before.
+        """
         from peft import AdaLoraModel
 
         base = getattr(pl_module.model, "base_model", None)
@@ -38,10 +41,10 @@ class RankAllocation(Callback):
             self._triplets = Triplets(base.model, base.trainable_adapter_name)
             pl_module.penalty = self.penalty
             pl_module.after_optimizer_step = self.allocate
+            self._restore(pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Put back what a resumed run knew of its directions."""
-        if self._model is None or self._restored is None:
+    def _restore(self, pl_module: Any) -> None:
+        if self._restored is None:
             return
         allocator, device = self._model.rankallocator, pl_module.device
         for name in SCORES:
@@ -91,5 +94,5 @@ class RankAllocation(Callback):
         return {**{name: dict(getattr(allocator, name)) for name in SCORES}, "rank_pattern": self._config.rank_pattern}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts, when the adapter is known."""
+        """Kept until the adapter is known."""
         self._restored = state_dict or None

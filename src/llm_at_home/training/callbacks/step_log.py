@@ -26,14 +26,17 @@ class StepLog(Callback):
         self.tracker = tracker
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begin the file, with the steps that a resumed run made before."""
-        self._step = trainer.global_step
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin the file, with the steps that a resumed run made before, which may be all."""
         if self.path is not None:
             with self.path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(pl_module.history)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Count steps from where this run begins, which after a resume is not zero."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the step down if this micro-batch closed one."""

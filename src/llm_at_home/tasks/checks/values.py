@@ -1,0 +1,97 @@
+"""Values that training would stumble over late, or take for something else without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llm_at_home.errors import Refusal
+
+# Whole numbers and the smallest of each; a callback may be left out, and data= need not have each key.
+WHOLE = {
+    "data.batch_size": 1,
+    "data.max_length": 1,
+    "data.conversations": 1,
+    "trainer.max_steps": 1,
+    "callbacks.checkpoints.every_n_steps": 1,
+    "callbacks.checkpoints.keep": 1,
+    "callbacks.divergence.window": 1,
+    "callbacks.throughput.warmup_steps": 0,
+}
+SWITCHES = ("data.packing", "data.group_by_length", "memory.offload")
+# YAML's further words for true and false are plain text to Hydra, and any text is true.
+NO_SWITCHES = ("yes", "no", "on", "off")
+WORDS = ("trainer.compile", "trainer.graph")  # which are switched off with that word
+# Lightning's keys that this project sets itself, and what to use for them.
+OWN = {
+    "gradient_clip_val": "callbacks.clipping.max_norm",
+    "gradient_clip_algorithm": "callbacks.clipping.max_norm",
+    "accumulate_grad_batches": "callbacks.accumulation.steps",
+    "accelerator": "gpu",
+    "callbacks": "callbacks",
+    "plugins": "trainer.precision",
+    "default_root_dir": "hydra.run.dir",
+    "logger": "logger",
+    "enable_checkpointing": "callbacks.checkpoints",
+    "enable_progress_bar": "callbacks.progress",
+}
+
+
+def check_switches(config: Mapping[str, Any]) -> None:
+    """Refuse words for true and false that are neither here.
+
+    Raises:
+        Refusal: naming the key.
+    """
+    for key, value in _values(config):
+        if isinstance(value, str) and value.lower() in NO_SWITCHES and key not in WORDS:
+            raise Refusal(f"{key}={value} is text here, which would count as true: give true or false")
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Refuse numbers and switches of ``conf/train.yaml`` that are none.
+
+    Raises:
+        Refusal: naming the key and what it takes.
+    """
+    given = dict(_values(config))
+    for key, least in WHOLE.items():
+        if key in given and (type(given[key]) is not int or given[key] < least):
+            raise Refusal(f"{key}={given[key]} is no whole number that can be: give at least {least}")
+    for key in SWITCHES:
+        if key in given and not isinstance(given[key], bool):
+            raise Refusal(f"{key}={given[key]} is no switch: give true or false")
+    norm = given.get("callbacks.clipping.max_norm")
+    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        raise Refusal(
+            f"callbacks.clipping.max_norm={norm} clips nothing: give a positive number, or ~callbacks.clipping"
+        )
+    epochs = given.get("trainer.max_epochs")
+    if epochs is not None and (type(epochs) is not int or (epochs < 1 and epochs != -1)):
+        raise Refusal(f"trainer.max_epochs={epochs} leaves nothing to train: give at least 1, or -1 for no limit")
+    for key in OWN:
+        if key in config["trainer"]:
+            raise Refusal(f"trainer.{key} is set by the run itself: use {OWN[key]}")
+    _check_decay(config["scheduler"])
+
+
+def _check_decay(scheduler: Mapping[str, Any] | None) -> None:
+    if not scheduler or not str(scheduler.get("_target_")).endswith("get_wsd_schedule"):
+        return
+    parts = {key: scheduler.get(key) or 0 for key in ("num_warmup_steps", "num_decay_steps")}
+    steps = scheduler.get("num_training_steps")
+    if steps is not None and sum(parts.values()) > steps:
+        words = " and ".join(f"scheduler.{key}={value}" for key, value in parts.items() if value)
+        hint = f"give at most {steps} together"
+        raise Refusal(
+            f"{words} do not fit trainer.max_steps={steps}, so that the rate would begin on its way down: {hint}"
+        )
+
+
+def _values(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no group, by its dotted key."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
