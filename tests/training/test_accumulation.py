@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_at_home.errors import Refusal
 from llm_at_home.tasks import resolve
-from llm_at_home.tasks.checks import train
+from llm_at_home.tasks.checks import resume
 from llm_at_home.training.accumulation_schedule import accumulation_schedule
 from llm_at_home.training.callbacks.checkpoints import Checkpoints, last_checkpoint
 from llm_at_home.training.data import ChatDataModule
@@ -78,7 +78,7 @@ def test_a_schedule_comes_from_the_command_line_and_back_from_a_record(resolved)
     resolve.check("train", config)
     kept = json.loads(json.dumps(config))
     assert instantiate(kept["callbacks"]["accumulation"]).schedule == {0: 4, 100: 2}
-    train._check_same(config, kept, "some/run")
+    resume._check_same(config, kept, "some/run")
     kept["callbacks"]["accumulation"]["steps"] = 4
     with pytest.raises(Refusal, match=r"was run with callbacks\.accumulation.steps=4"):
-        train._check_same(config, kept, "some/run")
+        resume._check_same(config, kept, "some/run")
