@@ -1,0 +1,43 @@
+"""The names of bars and outlines: each run's own, also where it is cut to a phone's width."""
+
+import pytest
+
+from llm_at_home.reporting.figures import charts, shortened
+from llm_at_home.reporting.load import load
+from llm_at_home.reporting.tables import build
+
+LONG = "somebody/a-model-of-seven-billion-with-a-very-long-name-of-its-own"
+
+
+@pytest.fixture
+def chart(make, save, runs):
+    def draw(**changes):
+        for i, (batch, seed, model) in enumerate(zip(*changes.values(), strict=True)):
+            engine = {"name": "eager", "batch_size": batch}
+            save(make.infer(f"run-{i}", decode=30.0 - i, engine=engine, seed=seed, model=model), f"{i}")
+        (table,) = build(load([runs]))
+        return next(one for one in charts(table) if one.key == "inference-decode_tokens_per_second")
+
+    return draw
+
+
+def test_runs_of_a_sweep_over_batches_and_seeds_are_told_apart(chart):
+    models = ["tiny"] * 4
+    drawn = chart(batch=[1, 2, 2, 4], seed=[0, 0, 1, 0], model=models)
+    said = ["none · float32 · batch 1", "none · float32 · batch 2 · seed 0", "none · float32 · batch 2 · seed 1"]
+    assert [bar.label for bar in drawn.bars] == [*said, "none · float32 · batch 4"]
+    assert [row[0] for row in drawn.data.rows] == [bar.label for bar in drawn.bars]
+
+
+def test_a_long_model_name_hides_nothing_that_stands_behind_it(chart):
+    models = [LONG] * 2 + ["tiny"]
+    drawn = chart(batch=[1, 2, 1], seed=[0, 0, 0], model=models)
+    assert [bar.label.rpartition("batch ")[2] for bar in drawn.bars[:2]] == ["1", "2"]
+    assert all(len(bar.label) <= 48 for bar in drawn.bars)
+    assert drawn.data.rows[0][0].startswith(LONG)
+    assert LONG in drawn.description
+
+
+def test_names_that_are_cut_to_the_same_have_a_number():
+    cut = shortened(["x" * 60 + "a · nf4", "x" * 60 + "b · nf4", "y"], 20)
+    assert cut == ["1. xxxxxxxxxx… · nf4", "2. xxxxxxxxxx… · nf4", "y"]
