@@ -29,6 +29,13 @@ def test_runs_of_a_sweep_over_batches_and_seeds_are_told_apart(chart):
     assert [row[0] for row in drawn.data.rows] == [bar.label for bar in drawn.bars]
 
 
+def test_engines_are_told_apart(make, save, runs):
+    for name in ("eager", "graph"):
+        save(make.infer(name, engine={"name": name, "batch_size": 1}), name)
+    drawn = charts(build(load([runs]))[0])
+    assert sorted(bar.label for bar in drawn[-1].bars) == ["none · float32 · eager", "none · float32 · graph"]
+
+
 def test_a_long_model_name_hides_nothing_that_stands_behind_it(chart):
     models = [LONG] * 2 + ["tiny"]
     drawn = chart(batch=[1, 2, 1], seed=[0, 0, 0], model=models)

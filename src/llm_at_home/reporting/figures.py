@@ -114,7 +114,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
     keys += ["dtype"] if len({parts(row, keys) for row in rows}) < len(rows) else []
     keys += ["device"] if len({parts(row, ["device"]) for row in rows}) > 1 else []
     named = [parts(row, keys) for row in rows]
-    for more in (_batch, _seed):
+    for more in (_batch, _engine, _seed):
         words: dict[str, set[str]] = {}
         for label, row in zip(named, rows, strict=True):
             words.setdefault(label, set()).add(more(row))
@@ -132,6 +132,11 @@ def labels(rows: Sequence[Row]) -> list[str]:
 def _batch(row: Row) -> str:
     entry = row.cells["batch_size"].entries[0] if "batch_size" in row.cells else None
     return f"batch {entry.text}" if entry and entry.value is not None else ""
+
+
+def _engine(row: Row) -> str:
+    name = facts.name_at(row.run.record.config, "engine", "name") if row.run else facts.UNKNOWN
+    return "" if name == facts.UNKNOWN else name
 
 
 def _seed(row: Row) -> str:

@@ -71,7 +71,7 @@ def run(main: Callable[[], Any]) -> None:
     except SystemExit as error:
         if error.code != 1:
             raise
-        # A sweeper that gives up ends like this too, as Optuna does where no trial has a figure: its jobs are told still.
+        # A sweeper that gives up ends like this too, as Optuna does where no trial has a figure.
         sweep.print_summary()
         # Hydra ends with 1 when it cannot compose: an unknown choice or key is a refusal.
         sys.exit(sweep.exit_code() or EXIT_FAILED if sweep.outcomes() else EXIT_REFUSED)
