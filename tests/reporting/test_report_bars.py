@@ -46,5 +46,14 @@ def test_a_long_model_name_hides_nothing_that_stands_behind_it(chart):
 
 
 def test_names_that_are_cut_to_the_same_have_a_number():
-    cut = shortened(["x" * 60 + "a · nf4", "x" * 60 + "b · nf4", "y"], 20)
-    assert cut == ["1. xxxxxxxxxx… · nf4", "2. xxxxxxxxxx… · nf4", "y"]
+    cut = shortened(["x" * 60 + "a · nf4", "x" * 60 + "b · nf4", "y"], 24)
+    assert cut == [f"{i}. {'x' * 14}… · nf4" for i in (1, 2)] + ["y"]
+
+
+def test_the_device_is_what_goes_first(make, save, runs):
+    for i, gpu in enumerate([None, "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"]):
+        save(make.infer(f"{i}", gpu, model=LONG, engine={"batch_size": 16 * i}, adapter_path="/a/lora"), f"{i}")
+        save(make.infer(f"{i}-tiny", gpu, model="tiny", engine={"batch_size": 1}), f"{i}-tiny")
+    drawn = charts(build(load([runs]))[0])[-1]
+    assert all("batch 16 · N" in bar.label for bar in drawn.bars if LONG[:5] in bar.label and "16" in bar.label)
+    assert "tiny · none · float32 · NVIDIA H100 80GB HBM3" in {bar.label for bar in drawn.bars}

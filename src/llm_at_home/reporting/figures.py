@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llm_at_home.reporting import facts
-from llm_at_home.reporting.cells import Column, Row, Table
+from llm_at_home.reporting.cells import Cell, Column, Row, Table
 from llm_at_home.reporting.figuredata import Data, interval
 
 _LABEL_LENGTH = 48  # what a phone can hold
-_LEAST_WORD = 6  # characters of a name that is cut
-_SHORT_WORD = 8  # is whole: "batch 16", "seed 123", "bfloat16"
+_BETWEEN = " · "
+_LEAST_WORD = 12  # characters of a word that is cut
 _MOST_BARS = 32
 # The rest of the width holds the value at the bar's end.
 _FULL_BAR = 80.0
@@ -106,27 +106,42 @@ def labels(rows: Sequence[Row]) -> list[str]:
     """A name for each run that no other has: its quantization, and what else tells it from the others."""
 
     def parts(row: Row, keys: Sequence[str]) -> str:
-        return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
+        words = [cell.entries[0].text for key in keys if (cell := row.cells.get(key)) and not _says_none(key, cell)]
+        return _BETWEEN.join(words)
 
     # What all runs share would only make every label longer.
     many = [key for key in ("model", "adapter") if len({parts(row, [key]) for row in rows}) > 1]
     keys: list[str] = [key for key in ("model", "quant", "adapter") if key == "quant" or key in many]
     keys += ["dtype"] if len({parts(row, keys) for row in rows}) < len(rows) else []
-    keys += ["device"] if len({parts(row, ["device"]) for row in rows}) > 1 else []
-    named = [parts(row, keys) for row in rows]
+    devices = [parts(row, ["device"]) for row in rows]
+    # Last, since it is what a phone can best do without.
+    ends = [f"{_BETWEEN}{device}" if len(set(devices)) > 1 else "" for device in devices]
+    return told_apart([parts(row, keys) for row in rows], rows, ends)
+
+
+def told_apart(names: Sequence[str], rows: Sequence[Row], ends: Sequence[str]) -> list[str]:
+    """The names with their ends; between them batch size, engine and seed where those tell one from another."""
+    named = list(names)
     for more in (_batch, _engine, _seed):
-        words: dict[str, set[str]] = {}
-        for label, row in zip(named, rows, strict=True):
-            words.setdefault(label, set()).add(more(row))
+        words: dict[tuple[str, str], set[str]] = {}
+        for name, end, row in zip(named, ends, rows, strict=True):
+            words.setdefault((name, end), set()).add(more(row))
         named = [
-            f"{label} · {more(row)}" if len(words[label]) > 1 and more(row) else label
-            for label, row in zip(named, rows, strict=True)
+            f"{name}{_BETWEEN}{more(row)}" if len(words[name, end]) > 1 and more(row) else name
+            for name, end, row in zip(named, ends, rows, strict=True)
         ]
-    seen: Counter[str] = Counter()
-    for i, label in enumerate(named):
-        seen[label] += 1
-        named[i] = label if seen[label] == 1 else f"{label} ({seen[label]})"
-    return named
+    seen: Counter[tuple[str, str]] = Counter()
+    whole = []
+    for name, end in zip(named, ends, strict=True):
+        seen[name, end] += 1
+        times = seen[name, end]
+        whole.append(f"{name}{end}" if times == 1 else f"{name} ({times}){end}")
+    return whole
+
+
+def _says_none(key: str, cell: Cell) -> bool:
+    # "none" alone is a base that is not quantized.
+    return key == "adapter" and cell.entries[0].text == "none"
 
 
 def _batch(row: Row) -> str:
@@ -145,7 +160,7 @@ def _seed(row: Row) -> str:
 
 
 def shortened(labels: Sequence[str], length: int) -> list[str]:
-    """Labels of at most ``length`` characters, their longest words cut first, since what differs may stand last."""
+    """Labels of at most ``length`` characters: long words are cut first, and the end where that is not enough."""
     short = [_shortened(label, length) for label in labels]
     # Where two would then be one, each has its number.
     twice = {label for label, times in Counter(short).items() if times > 1}
@@ -156,11 +171,10 @@ def shortened(labels: Sequence[str], length: int) -> list[str]:
 
 
 def _shortened(label: str, length: int) -> str:
-    words = label.split(" · ")
-    long = [i for i, word in enumerate(words) if len(word) > _SHORT_WORD]
-    while len(" · ".join(words)) > length:
-        longest = max(long, key=lambda i: len(words[i]), default=None)
-        if longest is None or len(words[longest]) <= _LEAST_WORD:
-            return f"{label[: length - 1]}…"
+    words = label.split(_BETWEEN)
+    while len(_BETWEEN.join(words)) > length:
+        longest = max(range(len(words)), key=lambda i: len(words[i]))
+        if len(words[longest]) <= _LEAST_WORD:
+            return f"{_BETWEEN.join(words)[: length - 1]}…"
         words[longest] = f"{words[longest].removesuffix('…')[:-1]}…"
-    return " · ".join(words)
+    return _BETWEEN.join(words)
