@@ -1,9 +1,10 @@
-"""The names of bars and outlines: each run's own, also where it is cut to a phone's width."""
+"""The names of bars, outlines and axes: each run's own, also where it is cut to a phone's width."""
 
 import pytest
 
 from llm_at_home.reporting.figures import charts, shortened
 from llm_at_home.reporting.load import load
+from llm_at_home.reporting.radar import radars
 from llm_at_home.reporting.tables import build
 
 LONG = "somebody/a-model-of-seven-billion-with-a-very-long-name-of-its-own"
@@ -57,3 +58,14 @@ def test_the_device_is_what_goes_first(make, save, runs):
     drawn = charts(build(load([runs]))[0])[-1]
     assert all("batch 16 · N" in bar.label for bar in drawn.bars if LONG[:5] in bar.label and "16" in bar.label)
     assert "tiny · none · float32 · NVIDIA H100 80GB HBM3" in {bar.label for bar in drawn.bars}
+
+
+def test_a_category_of_one_s_own_is_cut_where_the_radar_ends(make, save, runs):
+    of = make.infer("answers")
+    judged = make.judge(of, "judged")
+    names = ["humanities", "home automation and appliances", "coding", "stem and the other natural sciences"]
+    judged.quality |= {f"judge_score_{name}": make.reading(5.0, "points", "gpt4:single") for name in names}
+    save(judged, "judged")
+    (drawn,) = (one for table in build(load([runs])) for one in radars(table) if "score" in one.key)
+    assert [axis.name for axis in drawn.axes] == ["coding", "home auto…", "humanities", "stem and …"]
+    assert drawn.data.header[2] == "home automation and appliances, points"

@@ -18,6 +18,7 @@ _MARGIN = 42.0  # below the last name, where the key begins
 _HEAD = 48.0  # above the first name
 _KEY_LINE = 18.0
 _LABEL_LENGTH = 52
+_CHARACTER = 7.2  # width of a letter of a category's name
 _MOST = 6  # more outlines in one chart cannot be told apart
 _LEAST_AXES = 3
 # Figure of the whole, start of a category's name, title, end of the scale, rings, the ring that is no difference, unit.
@@ -41,7 +42,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Axis:
-    """One category: where its line ends, and where and how its name stands."""
+    """One category: where its line ends, and where and how its name, cut to the room there, stands."""
 
     name: str
     x: float
@@ -169,4 +170,8 @@ def _axis(name: str, place: int, count: int) -> Axis:
     x, y = _corner(1.0, place, count)
     across, down = (x - _SIZE / 2) / _RADIUS, (y - _SIZE / 2) / _RADIUS
     anchor = "middle" if abs(across) < 0.2 else "start" if across > 0 else "end"
-    return Axis(name, x, y, round(x + 12 * across, 1), round(y + 14 * down + 4, 1), anchor)
+    beside = round(x + 12 * across, 1)
+    room = {"start": _SIZE - beside, "end": beside, "middle": 2 * min(beside, _SIZE - beside)}[anchor]
+    most = int(room / _CHARACTER)
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return Axis(short, x, y, beside, round(y + 14 * down + 4, 1), anchor)
