@@ -251,3 +251,17 @@ def test_no_process_that_writes_to_mlflow_reports_to_its_makers(monkeypatch) -> 
     Tracker("sqlite:////proc/nowhere/mlflow.db", "test", "one").open({}, {})
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert "MLFLOW_DISABLE_TELEMETRY=true" in (Path(__file__).parents[2] / "Makefile").read_text()
+
+
+def test_a_sweep_shows_that_one_of_its_jobs_failed(tmp_path, uri):
+    said = {}
+    for name, statuses in (("good", ("ok", "out_of_memory")), ("bad", ("failed", "ok"))):
+        sweep = tmp_path / name
+        sweep.mkdir()
+        for status in statuses:
+            tracker = Tracker(uri, "statuses", status, str(sweep))
+            tracker.open({"seed": 0}, {})
+            tracker.close(Record("infer", status), tmp_path)
+        parent = client(uri).get_run(tracker.run_id).data.tags["mlflow.parentRunId"]
+        said[name] = client(uri).get_run(parent).info.status
+    assert said == {"good": "FINISHED", "bad": "FAILED"}

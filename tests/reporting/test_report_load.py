@@ -16,6 +16,16 @@ def test_records_are_found_at_any_depth_and_once(make, save, runs):
     assert not loaded.superseded
 
 
+def test_a_finished_run_is_not_hidden_by_making_it_again_and_breaking_off(make, save, runs):
+    save(make.infer("same", started_at="2026-11-20T09:00:00+01:00"), "finished")
+    broken = make.infer("same", started_at="2026-11-21T09:00:00+01:00")
+    broken.status = "interrupted"
+    save(broken, "broken-off")
+    loaded = load([runs])
+    assert [run.path.parent.name for run in loaded.runs] == ["finished"]
+    assert [run.path.parent.name for run in loaded.superseded] == ["broken-off"]
+
+
 def test_the_newest_of_one_config_wins_whatever_the_order_of_folders(make, save, runs):
     save(make.infer("same", started_at="2026-11-21T09:00:00+01:00", decode=30.0), "a-newest")
     save(make.infer("same", started_at="2026-11-20T10:00:00+00:00", decode=20.0), "z-oldest")

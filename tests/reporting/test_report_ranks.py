@@ -37,6 +37,8 @@ def test_each_matrix_has_its_tile_by_layer_and_kind(make, save, runs) -> None:
     assert columns["layer 0"] < columns["layer 1"]
     assert drawn.description == "q_proj: 3.0 on average; down_proj: 4.0 on average"
     assert "up to 8" in drawn.note
+    # The full colour is the dark one by day and the light one by night.
+    assert "dark" not in drawn.note.lower()
 
 
 def test_other_runs_have_no_map(make, save, runs) -> None:

@@ -64,6 +64,15 @@ def test_a_job_that_is_killed_leaves_a_record_and_the_sweep_goes_on(tmp_path, st
     assert "1 ok" in out
 
 
+def test_a_job_that_this_process_cannot_start_is_told_and_fails_the_command(tmp_path, command):
+    for job in ("0", "1"):
+        (tmp_path / job / "config.yaml").mkdir(parents=True)  # where a file has to be written
+    done = command("infer.py", "-m", "limit=1", "seed=1,2", "logger=none", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1, done.stderr
+    assert "2 jobs: 2 failed" in done.stdout
+    assert done.stdout.count("IsADirectoryError") == 2
+
+
 def wait_for_child(parent):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -211,3 +211,11 @@ def test_optuna_searches_against_two_figures(tmp_path, command):
     )
     assert [list(one) for one in sorted(set(best))] == [pytest.approx(list(one)) for one in unbeaten]
     assert len({trial["config"]["optimizer"]["lr"] for trial in trials}) > 1
+
+
+@pytest.mark.slow
+def test_a_search_without_a_single_figure_still_tells_its_jobs(tmp_path, command):
+    words = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.max_failure_rate=1.0", "held_out=0")
+    done = command("train.py", "-m", *words, "optimizer.lr=interval(0.1,0.2)", f"hydra.sweep.dir={tmp_path / 'search'}")
+    assert done.returncode == 2
+    assert "2 jobs: 2 refused" in done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 SCHEMA_VERSION = 2
 
 STATUSES = ("ok", "out_of_memory", "failed", "timed_out", "interrupted")
+DONE = ("ok", "out_of_memory")  # what does not fit is an answer as well
 
 
 @dataclass(frozen=True)

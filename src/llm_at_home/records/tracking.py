@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from llm_at_home.records.mlflow_view import share_view
-from llm_at_home.records.schema import Reading, Record
+from llm_at_home.records.schema import DONE, Reading, Record
 from llm_at_home.records.store import RECORD, write_json
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,10 @@ class Tracker:
             if (folder / name).is_file():
                 self._client.log_artifact(self.run_id, str(folder / name))
         self._client.set_terminated(self.run_id, "FINISHED" if record.status == "ok" else "FAILED")
+        parent = self._client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
+        if parent and record.status not in DONE:
+            # Folded, a sweep shows this status alone.
+            self._client.set_terminated(parent, "FAILED")
 
 
 def described(figures: Mapping[str, Reading]) -> str:

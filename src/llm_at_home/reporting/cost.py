@@ -6,6 +6,7 @@ from llm_at_home.hardware.catalogue import Card, Price, load_catalogue
 from llm_at_home.records.schema import Reading
 from llm_at_home.reporting import entries, facts
 from llm_at_home.reporting.cells import NO_READING, Cell, Column, Entry, Row, Table, number, text, unknown
+from llm_at_home.reporting.figures import told_apart
 from llm_at_home.reporting.load import Loaded, Run
 from llm_at_home.reporting.marks import Group, Line, Marked, draw
 from llm_at_home.reporting.prices import Prices
@@ -61,7 +62,8 @@ def figure(table: Table, prices: Prices) -> tuple[Marked, ...]:
         notes = ["Less is better; the scale is logarithmic."]
         notes += [f"The cheapest {_MOST} of {len(rows)} runs."] if len(rows) > _MOST else []
         notes += ["Lines: what a provider asks. An API's price is of its own model and date."] if lines else []
-        groups = [Group(_label(row), (_value(row, key),), (row.source,)) for row in shown]
+        names = told_apart([_label(row) for row in shown], shown, [""] * len(shown))
+        groups = [Group(name, (_value(row, key),), (row.source,)) for name, row in zip(names, shown, strict=True)]
         made.append(
             draw(
                 f"cost-{len(made)}",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llm_at_home.reporting.cells import Column, Row, Table
+from llm_at_home.reporting import facts
+from llm_at_home.reporting.cells import Cell, Column, Row, Table
 from llm_at_home.reporting.figuredata import Data, interval
 
 _LABEL_LENGTH = 48  # what a phone can hold
+_BETWEEN = " · "
+_LEAST_WORD = 12  # characters of a word that is cut
 _MOST_BARS = 32
 # The rest of the width holds the value at the bar's end.
 _FULL_BAR = 80.0
@@ -77,15 +81,15 @@ def _chart(table: Table, column: Column) -> Chart | None:
             tuple(round(max(end, 0) * scale, 2) for end in entry.bounds) if entry.bounds else None,  # type: ignore
             bool(row.marks),
         )
-        for (row, value), label, entry in zip(known, names, entries, strict=True)
+        for (row, value), label, entry in zip(known, shortened(names, _LABEL_LENGTH), entries, strict=True)
     )
     notes = ["Less is better." if column.better == "lower" else "More is better."]
     notes += ["Whiskers: 95 % interval."] if any(bar.whisker for bar in bars) else []
     notes += ["Muted bars: see the marks in the table."] if any(bar.marked for bar in bars) else []
     notes += [f"The first {_MOST_BARS} of {_MOST_BARS + len(left_out)} runs."] if left_out else []
     told = "; ".join(
-        f"{bar.label}: {bar.text}" + (f" ({entry.interval})" if entry.interval else "")
-        for bar, entry in zip(bars, entries, strict=True)
+        f"{name}: {entry.text}" + (f" ({entry.interval})" if entry.interval else "")
+        for name, entry in zip(names, entries, strict=True)
     )
     data = Data(
         ("run", column.full_title, "95 % low", "95 % high", "marks"),
@@ -99,15 +103,78 @@ def _chart(table: Table, column: Column) -> Chart | None:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """A short name for each run: its quantization, and what else tells it from the others."""
+    """A name for each run that no other has: its quantization, and what else tells it from the others."""
 
     def parts(row: Row, keys: Sequence[str]) -> str:
-        return " · ".join(cell.entries[0].text for key in keys if (cell := row.cells.get(key)))
+        words = [cell.entries[0].text for key in keys if (cell := row.cells.get(key)) and not _says_none(key, cell)]
+        return _BETWEEN.join(words)
 
     # What all runs share would only make every label longer.
     many = [key for key in ("model", "adapter") if len({parts(row, [key]) for row in rows}) > 1]
     keys: list[str] = [key for key in ("model", "quant", "adapter") if key == "quant" or key in many]
     keys += ["dtype"] if len({parts(row, keys) for row in rows}) < len(rows) else []
-    keys += ["device"] if len({parts(row, ["device"]) for row in rows}) > 1 else []
-    labels = [parts(row, keys) for row in rows]
-    return [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]
+    devices = [parts(row, ["device"]) for row in rows]
+    # Last, since it is what a phone can best do without.
+    ends = [f"{_BETWEEN}{device}" if len(set(devices)) > 1 else "" for device in devices]
+    return told_apart([parts(row, keys) for row in rows], rows, ends)
+
+
+def told_apart(names: Sequence[str], rows: Sequence[Row], ends: Sequence[str]) -> list[str]:
+    """The names with their ends; between them batch size, engine and seed where those tell one from another."""
+    named = list(names)
+    for more in (_batch, _engine, _seed):
+        words: dict[tuple[str, str], set[str]] = {}
+        for name, end, row in zip(named, ends, rows, strict=True):
+            words.setdefault((name, end), set()).add(more(row))
+        named = [
+            f"{name}{_BETWEEN}{more(row)}" if len(words[name, end]) > 1 and more(row) else name
+            for name, end, row in zip(named, ends, rows, strict=True)
+        ]
+    seen: Counter[tuple[str, str]] = Counter()
+    whole = []
+    for name, end in zip(named, ends, strict=True):
+        seen[name, end] += 1
+        times = seen[name, end]
+        whole.append(f"{name}{end}" if times == 1 else f"{name} ({times}){end}")
+    return whole
+
+
+def _says_none(key: str, cell: Cell) -> bool:
+    # "none" alone is a base that is not quantized.
+    return key == "adapter" and cell.entries[0].text == "none"
+
+
+def _batch(row: Row) -> str:
+    entry = row.cells["batch_size"].entries[0] if "batch_size" in row.cells else None
+    return f"batch {entry.text}" if entry and entry.value is not None else ""
+
+
+def _engine(row: Row) -> str:
+    name = facts.name_at(row.run.record.config, "engine", "name") if row.run else facts.UNKNOWN
+    return "" if name == facts.UNKNOWN else name
+
+
+def _seed(row: Row) -> str:
+    seed = facts.at(facts.about(row.run.record), "seed") if row.run else None
+    return "" if seed is None else f"seed {facts.clean(seed)}"
+
+
+def shortened(labels: Sequence[str], length: int) -> list[str]:
+    """Labels of at most ``length`` characters: long words are cut first, and the end where that is not enough."""
+    short = [_shortened(label, length) for label in labels]
+    # Where two would then be one, each has its number.
+    twice = {label for label, times in Counter(short).items() if times > 1}
+    return [
+        f"{i + 1}. {_shortened(whole, length - len(f'{i + 1}. '))}" if label in twice else label
+        for i, (whole, label) in enumerate(zip(labels, short, strict=True))
+    ]
+
+
+def _shortened(label: str, length: int) -> str:
+    words = label.split(_BETWEEN)
+    while len(_BETWEEN.join(words)) > length:
+        longest = max(range(len(words)), key=lambda i: len(words[i]))
+        if len(words[longest]) <= _LEAST_WORD:
+            return f"{_BETWEEN.join(words)[: length - 1]}…"
+        words[longest] = f"{words[longest].removesuffix('…')[:-1]}…"
+    return _BETWEEN.join(words)

@@ -37,7 +37,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was found: ``runs``, oldest first; ``superseded``, older runs of a config; files left out."""
+    """What was found: ``runs``, oldest first; ``superseded``, other runs of a config; files left out."""
 
     runs: tuple[Run, ...]
     superseded: tuple[Run, ...] = ()
@@ -45,7 +45,8 @@ class Loaded:
 
 
 def load(folders: Sequence[Path | str]) -> Loaded:
-    """Read the records below ``folders``; of several with one config hash the newest stays.
+    """Read the records below ``folders``; of several with one config hash the newest that finished stays,
+    or the newest where none did.
 
     Raises:
         Refusal: for a named folder that does not exist, or when there is no ``record.json`` at all.
@@ -61,7 +62,8 @@ def load(folders: Sequence[Path | str]) -> Loaded:
         places = ", ".join(str(f) for f in folders)
         raise Refusal(f"no record.json below {places}: `make demo` makes some, and so does `python infer.py`")
     found.sort(key=lambda run: run.when)
-    newest = {_identity(run): run for run in found}
+    # A run that is made again and breaks off leaves its figures where they were.
+    newest = {_identity(run): run for run in sorted(found, key=lambda run: run.record.status == "ok")}
     kept = tuple(run for run in found if newest[_identity(run)] is run)
     older = tuple(run for run in found if newest[_identity(run)] is not run)
     return Loaded(kept, older, tuple(left_out))

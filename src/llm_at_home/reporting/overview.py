@@ -30,7 +30,7 @@ def summarize(loaded: Loaded) -> Overview:
     commits = Counter(_commit(record.provenance) for record in records)
     tally = [_plural(len(records), "record")]
     tally += (
-        [f"{_plural(len(loaded.superseded), 'older run')} of the same config left out"] if loaded.superseded else []
+        [f"{_plural(len(loaded.superseded), 'other run')} of the same config left out"] if loaded.superseded else []
     )
     tally += [f"{_plural(len(loaded.left_out), 'unreadable file')}"] if loaded.left_out else []
     return Overview(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,7 @@ from typing import ClassVar
 from llm_at_home.reporting import facts
 from llm_at_home.reporting.cells import Row, Table
 from llm_at_home.reporting.figuredata import Data
-from llm_at_home.reporting.figures import labels
+from llm_at_home.reporting.figures import labels, shortened
 from llm_at_home.reporting.plot import Tick
 
 _SIZE, _RADIUS = 400.0, 116.0  # of a phone's width, so that text does not shrink there
@@ -19,6 +18,7 @@ _MARGIN = 42.0  # below the last name, where the key begins
 _HEAD = 48.0  # above the first name
 _KEY_LINE = 18.0
 _LABEL_LENGTH = 52
+_CHARACTER = 7.2  # width of a letter of a category's name
 _MOST = 6  # more outlines in one chart cannot be told apart
 _LEAST_AXES = 3
 # Figure of the whole, start of a category's name, title, end of the scale, rings, the ring that is no difference, unit.
@@ -42,7 +42,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Axis:
-    """One category: where its line ends, and where and how its name stands."""
+    """One category: where its line ends, and where and how its name, cut to the room there, stands."""
 
     name: str
     x: float
@@ -106,7 +106,7 @@ def _radar(
     neutral: float | None,
     unit: str,
 ) -> Radar | None:
-    found = [(name, row, _categories(row, start)) for name, row in zip(_distinct(rows), rows, strict=True)]
+    found = [(name, row, _categories(row, start)) for name, row in zip(labels(rows), rows, strict=True)]
     names = sorted({category for _, _, values in found for category in values})
     whole = [(label, row, values) for label, row, values in found if set(values) == set(names)]
     if len(names) < _LEAST_AXES or not whole:
@@ -116,9 +116,10 @@ def _radar(
     lacking = [label for label, _, values in found if set(values) != set(names)]
     notes += [f"Not drawn, for want of a category: {', '.join(lacking)}."] if lacking else []
     notes += ["The dashed ring is no difference."] if neutral is not None else []
+    cut = shortened([label for label, _, _ in shown], _LABEL_LENGTH)
     outlines = tuple(
-        _outline(label, [values[name] / top for name in names], [values[name] for name in names], names, style)
-        for style, (label, _, values) in enumerate(shown)
+        _outline(label, short, [values[name] / top for name in names], [values[name] for name in names], names, style)
+        for style, ((label, _, values), short) in enumerate(zip(shown, cut, strict=True))
     )
     return Radar(
         key,
@@ -147,24 +148,11 @@ def _categories(row: Row, start: str) -> dict[str, float]:
     }
 
 
-def _distinct(rows: Sequence[Row]) -> list[str]:
-    """The runs' labels, with the seed or a number where two would be the same."""
-    found = labels(rows)
-    twice = {label for label, times in Counter(found).items() if times > 1}
-    seen: Counter[str] = Counter()
-    named = []
-    for label, row in zip(found, rows, strict=True):
-        seed = facts.at(facts.about(row.run.record), "seed") if row.run else None
-        name = f"{label} · seed {seed}" if label in twice and seed is not None else label
-        seen[name] += 1
-        named.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return named
-
-
-def _outline(label: str, shares: Sequence[float], values: Sequence[float], names: Sequence[str], style: int) -> Outline:
+def _outline(
+    label: str, short: str, shares: Sequence[float], values: Sequence[float], names: Sequence[str], style: int
+) -> Outline:
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
     corners = tuple(_corner(share, place, len(shares)) for place, share in enumerate(shares))
-    short = label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…"
     return Outline(short, f"{label}: {told}", _polygon(shares), corners, style)
 
 
@@ -182,4 +170,8 @@ def _axis(name: str, place: int, count: int) -> Axis:
     x, y = _corner(1.0, place, count)
     across, down = (x - _SIZE / 2) / _RADIUS, (y - _SIZE / 2) / _RADIUS
     anchor = "middle" if abs(across) < 0.2 else "start" if across > 0 else "end"
-    return Axis(name, x, y, round(x + 12 * across, 1), round(y + 14 * down + 4, 1), anchor)
+    beside = round(x + 12 * across, 1)
+    room = {"start": _SIZE - beside, "end": beside, "middle": 2 * min(beside, _SIZE - beside)}[anchor]
+    most = int(room / _CHARACTER)
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return Axis(short, x, y, beside, round(y + 14 * down + 4, 1), anchor)

@@ -85,7 +85,7 @@ def _map(key: str, name: str, pattern: dict[str, int], source: Path) -> RankMap 
     return RankMap(
         key,
         f"Ranks that were left: {facts.clean(name)}",
-        f"Darker has a higher rank, up to {most}; an empty tile has none.",
+        f"The fuller a tile’s colour, the higher its rank, up to {most}; an empty one has none.",
         means,
         _TOP + len(kinds) * _ROW + _BOTTOM,
         (round(max(wide - 2, 1), 1), _ROW - 2),

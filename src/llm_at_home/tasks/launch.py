@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,12 @@ def run(main: Callable[[], Any]) -> None:
         sweep.print_summary()
         sys.exit(EXIT_FAILED)
     except SystemExit as error:
+        if error.code != 1:
+            raise
+        # A sweeper that gives up ends like this too, as Optuna does where no trial has a figure.
+        sweep.print_summary()
         # Hydra ends with 1 when it cannot compose: an unknown choice or key is a refusal.
-        sys.exit(EXIT_REFUSED if error.code == 1 and not sweep.outcomes() else error.code)
+        sys.exit(sweep.exit_code() or EXIT_FAILED if sweep.outcomes() else EXIT_REFUSED)
     sys.exit(sweep.exit_code())
 
 
@@ -99,6 +104,12 @@ def job(task: str, composed: DictConfig) -> float | list[float] | None:
             raise
         outcome.status, outcome.message = "refused", str(refusal)
         print(f"refused: {refusal}", file=sys.stderr)
+    except Exception as error:
+        # Of this process and not of the job's, as a full disk is: Hydra would tell it only after the last job.
+        if full_traceback():
+            raise
+        outcome.message = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"failed: {outcome.message}\n{traceback.format_exc()}", file=sys.stderr)
     outcome.seconds = time.perf_counter() - start
     sweep.note(outcome, Path(hydra.sweep.dir) if is_sweep else None)
     if outcome.status == "interrupted":

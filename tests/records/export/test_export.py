@@ -168,6 +168,19 @@ def test_the_accuracy_is_that_of_the_run_s_own_evaluation():
     assert preprocessed(row)["accelerator_memory_max"] is None
 
 
+@pytest.mark.parametrize(("run", "more"), [(TRAIN, set()), (HANDBOOK / "train", {"accelerator_memory_max"})])
+def test_the_docs_name_what_peft_s_load_df_cannot_take(run, more):
+    found = preprocessed(export(store.load(run), "peft")[0])
+    # What load_df makes whole numbers of, rounded times among them.
+    memory = {f"accelerator_memory_{key}" for key in ("reserved_avg", "max", "reserved_99th")}
+    whole = {*memory, "file_size", "train samples", "train total tokens", "total_time", "train_time"}
+    null = {key for key in whole if found[key] is None}
+    assert null == {*memory, "file_size", "train total tokens"} - {"accelerator_memory_max"} | more
+    said = (RESULTS.parent / "docs" / "records.md").read_text()
+    for key in null - {"accelerator_memory_reserved_99th"}:
+        assert f"`{key.replace(' ', '_')}`" in said
+
+
 def test_full_fine_tuning_has_no_configuration_of_peft():
     row, _ = export(store.load(RESULTS / "two_core_cpu" / "handbook" / "full" / "train"), "peft")
     assert preprocessed(row)["peft_type"] == "full-finetuning"

@@ -2,8 +2,9 @@
 
 The keys are those that ``log_results`` writes and ``TrainConfig`` declares in
 ``method_comparison/MetaMathQA/utils.py``, and that ``preprocess`` reads in ``method_comparison/processing.py``
-(huggingface/peft). Bytes there are bytes. ``load_df`` of the same file makes whole numbers of the mean and the 99th
-percentile of reserved memory, which are not sampled here and stay null: drop those columns first.
+(huggingface/peft). Bytes there are bytes. ``load_df`` of the same file makes whole numbers of
+the mean and the 99th percentile of reserved memory, the file's size and the tokens, which are null here, and of the
+peak, which is null on a CPU: take those out of its ``dtype_dict`` first.
 """
 
 from __future__ import annotations
