@@ -44,8 +44,8 @@ def _group(table: Table, row: Row) -> Group:
     values = tuple(entry.value if isinstance(entry.value, float) else None for entry in cells)
     task = "inference" if table.key == "table-1" else "fine-tuning"
     name = row.cells["method"].entries[0].text
-    # The paper's name is enough where there is one, but its LoKr may be PEFT's own here or not.
-    short = name.partition(" (")[0] + (" of PEFT" if "of PEFT" in name else "")
+    # The paper's name is enough where there is one, but its LoKr may be PEFT's own here or not; else what fits a phone.
+    short = ", ".join(name.partition(" (")[0].split(", ")[:2]) + (" of PEFT" if "of PEFT" in name else "")
     dtype = row.cells["model"].entries[0].text.split(", ")[1:2] if row.run else []
     return Group(f"{task}: {', '.join([short, *dtype])}", values, tuple(entry.source for entry in cells))
 
