@@ -196,10 +196,29 @@ def merged(model: Any) -> Any:
     """
     if model.active_peft_config.is_prompt_learning:
         raise Refusal("a prompt has no place in the weights: serve it beside the base with adapter_path=")
+    _untie(model)
     try:
         return model.merge_and_unload()
     except (ValueError, NotImplementedError) as error:
         raise Refusal(f"this adapter is not merged: {str(error).splitlines()[0]}") from error
+
+
+def _untie(model: Any) -> None:
+    """Give the output head a weight of its own where an update belongs to it alone, or to the embeddings alone.
+
+    PEFT would add the update to the one tensor that both are, and with it to the other.
+    """
+    import torch
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [getattr(end, "base_layer", end) for end in ends]
+    # PEFT itself puts tuned tokens on both.
+    tuned = [isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer) for end in ends]
+    if any(tuned) and bases[0].weight is bases[1].weight:
+        bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+        model.get_base_model().config.tie_word_embeddings = False
 
 
 def trainable_parameters(model: Any) -> int:
