@@ -166,7 +166,7 @@ def test_tokens_of_a_character_that_takes_several_are_counted_and_named(
     body = engine._body(prompts[0], Sampling(count)) | {"grammar": f'root ::= "{said}"'}
     whole = engine.ask("/completion", body | {"stream": False})["tokens"]
     stream = _Stream(engine._token_ids)
-    with _Request(engine.server, "/completion", body) as response:
+    with _Request(engine, "/completion", body) as response:
         for i, line in enumerate(line for line in response if line.startswith(b"data: ")):
             stream.add(json.loads(line[6:]), stream._start + 1.0 + i)
     assert len(stream.tokens) == len(whole) == count
@@ -191,6 +191,16 @@ def test_a_batch_gives_the_single_replies(engine, prompts) -> None:
 def test_a_prompt_that_the_context_cannot_hold_is_refused(engine, prompts) -> None:
     with pytest.raises(Refusal, match=r"longer than engine\.context=512"):
         engine.reply(prompts[0] * 40, Sampling(4))
+
+
+def test_a_context_beyond_the_model_s_own_is_the_model_s(file, tokenizer, prompts) -> None:
+    engine = LlamaCppEngine(file, tokenizer, TOKENS, context=4096, threads=1)
+    try:
+        assert engine.context == engine.describe()["context"] == 2048
+        with pytest.raises(Refusal, match=r"longer than engine\.context=2048: the model takes no more"):
+            engine.reply(prompts[0] * 100, Sampling(4))
+    finally:
+        engine.close()
 
 
 def test_the_record_names_the_types_that_the_file_holds(engine) -> None:
