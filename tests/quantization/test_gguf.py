@@ -78,6 +78,12 @@ def test_a_folder_of_another_architecture_is_refused_before_anything_loads(of_ti
         resolve.check("infer", config("infer", "model=custom", f"model.source={folder}"))
 
 
+def test_a_model_of_the_hub_is_refused_before_it_is_fetched() -> None:
+    with pytest.raises(Refusal, match="this one is qwen2"):
+        gguf.check(config("infer", "model=qwen2_5_7b"))
+    gguf.check(config("infer", "model=llama3_8b"))
+
+
 def test_a_type_of_the_extra_is_refused_without_it_and_not_once_it_is_made(of_tiny, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     wanted = of_tiny("quant.type=Q4_K_M")

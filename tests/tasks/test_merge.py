@@ -12,6 +12,7 @@ from llm_at_home.adapters.attach import adapter_folder, add_saved, attach_saved,
 from llm_at_home.errors import Refusal
 from llm_at_home.quantization import gguf_write
 from llm_at_home.quantization.gguf_file import GGUFFile
+from llm_at_home.tasks.checks.making import check_merge
 
 MODULE = "src/llm_at_home/tasks/merge.py"
 IDS = torch.arange(50, 80).reshape(1, 30)
@@ -82,6 +83,18 @@ def test_an_update_of_one_end_of_a_tied_model_leaves_the_other_as_it_is(saved, t
     stored = {tensor.name: tensor for tensor in file.tensors}
     for name, weight in (("output.weight", read.lm_head.weight), ("token_embd.weight", read.model.embed_tokens.weight)):
         assert (torch.from_numpy(file.dequantized(stored[name])) == weight).all()
+
+
+def test_a_model_that_the_writer_does_not_know_is_refused_before_it_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    model = {"source": str(tmp_path), "weights": "pretrained", "architecture": None}
+    asked = {"model": model, "adapter_path": str(tmp_path), "out": f"{tmp_path}/out", "gguf": None}
+    asked |= {"quant": {"name": "none", "method": "dense"}, "prune": {"name": "none"}}
+    check_merge(asked)
+    with pytest.raises(Refusal, match="this one is qwen2"):
+        check_merge(asked | {"gguf": "Q8_0"})
+    with pytest.raises(Refusal, match="give a folder"):
+        check_merge(asked | {"out": None})
 
 
 def test_a_prompt_is_not_merged(saved, tiny_model):

@@ -86,9 +86,18 @@ def check(config: Mapping[str, Any]) -> None:
     if model["weights"] == "random":
         raise Refusal("quant=gguf is not made of random weights: use quant.path=FILE, or model.weights=pretrained")
     _check_type(config)
-    shape = Path(model["source"]).expanduser() / "config.json"
-    if shape.is_file():
-        gguf_write.check_architecture(json.loads(shape.read_text(encoding="utf-8")))
+    check_model(model)
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Refuse a model that the writer does not know, as far as that can be told without loading.
+
+    Raises:
+        Refusal: naming what it does not know.
+    """
+    shape = source.shape(model)
+    if shape:
+        gguf_write.check_architecture(shape)
 
 
 def _check_type(config: Mapping[str, Any]) -> None:
