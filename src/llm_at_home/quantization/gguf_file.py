@@ -56,7 +56,7 @@ class GGUFFile:
         path: the file.
 
     Raises:
-        Refusal: for a file that is missing, cut off, or none of GGUF version 2 or 3.
+        Refusal: for a file that is missing, cut off, one of several parts, or none of GGUF version 2 or 3.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -69,6 +69,10 @@ class GGUFFile:
                 self.metadata, self.tensors = _Header(data).read()
         except (struct.error, ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
             raise Refusal(f"{self.path} is no whole .gguf file: {error}") from error
+        parts = self.metadata.get("split.count", 0)
+        if parts > 1:
+            hint = "join them with llama.cpp's `llama-gguf-split --merge`"
+            raise Refusal(f"{self.path} is one of {parts} parts of a model: {hint}")
         end = max((tensor.offset + tensor.bytes for tensor in self.tensors), default=0)
         if end > self.bytes:
             raise Refusal(f"{self.path} is cut off: {self.bytes} bytes of {end}")
