@@ -93,7 +93,7 @@ def test_a_model_that_the_writer_does_not_know_is_refused_before_it_is_loaded(tm
     check_merge(asked)
     with pytest.raises(Refusal, match="this one is qwen2"):
         check_merge(asked | {"gguf": "Q8_0"})
-    with pytest.raises(Refusal, match="give a folder"):
+    with pytest.raises(Refusal, match="names no folder"):
         check_merge(asked | {"out": None})
 
 

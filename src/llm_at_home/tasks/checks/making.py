@@ -47,7 +47,9 @@ def check_merge(config: Mapping[str, Any]) -> None:
     if pruned.settings(trained_on) != pruned.settings(config["prune"]):
         hint = "merge with the prune= of its training; the merged weights are dense again"
         raise Refusal(f"the adapter was trained on prune={', '.join(prune_words(trained_on)) or 'none'}: {hint}")
-    if not config["out"] or Path(config["out"]).exists():
+    if not config["out"]:
+        raise Refusal("out= names no folder: give one that does not exist yet")
+    if Path(config["out"]).exists():
         raise Refusal(f"out={config['out']} exists: give a folder that does not")
     if config["gguf"]:
         if config["gguf"] not in gguf.WRITTEN:
