@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models.embedded import gguf_path
@@ -136,6 +136,17 @@ def test_the_dense_copy_holds_the_file_s_weights(of_tiny, tiny_model) -> None:
         assert not torch.equal(original(probe).logits, rounded(probe).logits)
     assert base.describe_kernel(rounded)["layers"] == {"Q4_0": 14}
     assert size_readings(rounded)["bits_per_weight"].value == 4.5
+
+
+def test_the_dense_copy_has_the_file_s_own_head_where_the_model_ties_it(of_tiny, tiny_model, tmp_path) -> None:
+    untied = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() * 2)
+    path = tmp_path / "untied.gguf"
+    gguf_write.write(path, untied, AutoTokenizer.from_pretrained(tiny_model), "F32", "tiny")
+    read = base.load_base(of_tiny("task=fidelity", f"quant.path={path}", command="evaluate"))
+    assert torch.equal(read.lm_head.weight, untied.lm_head.weight)
+    assert torch.equal(read.model.embed_tokens.weight * 2, read.lm_head.weight)
 
 
 def test_a_file_of_another_model_is_refused(of_tiny) -> None:

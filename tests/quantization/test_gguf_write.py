@@ -146,6 +146,15 @@ def test_a_row_that_is_no_whole_number_of_blocks_stays_sixteen_bits(tokenizer, t
     }
 
 
+def test_weights_that_float16_cannot_hold_are_refused_and_not_written_as_infinite(tokenizer, tmp_path) -> None:
+    model = llama(len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = -1e5
+    with pytest.raises(Refusal, match=r"layers\.1\.mlp\.up_proj\.weight holds .* use type BF16"):
+        written(tmp_path, model, tokenizer, "F16")
+    written(tmp_path, model, tokenizer, "BF16")
+
+
 def test_what_the_header_says_is_what_the_gguf_package_reads(model, tokenizer, tmp_path) -> None:
     file = written(tmp_path, model, tokenizer, "Q4_1")
     reader = GGUFReader(file.path)

@@ -14,7 +14,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_config, load_tokenizer, load_weights
 from llm_at_home.quantization import gguf_write, modelfile
-from llm_at_home.quantization.gguf_file import GGUFFile
+from llm_at_home.quantization.gguf_file import HEAD, GGUFFile
 from llm_at_home.records.cached import cached, is_made
 from llm_at_home.records.hashing import package_versions
 from llm_at_home.records.schema import Reading
@@ -188,10 +188,12 @@ def load(config: Mapping[str, Any]) -> Any:
     _check_readable(file)
     shape = load_config(config["model"])
     gguf_write.check_architecture(shape.to_dict())
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    if HEAD in stored:
+        shape.tie_word_embeddings = False  # llama.cpp computes with the file's head, whatever the model ties
     with torch.device(config["gpu"]["device"]), no_init_weights():
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config["dtype"]))
     model.tie_weights()
-    stored = {tensor.name: tensor for tensor in file.tensors}
     for name, parameter in model.named_parameters():
         tensor = stored.get(gguf_write.file_name(name, shape.num_hidden_layers))
         if tensor is None or tensor.shape != tuple(parameter.shape):

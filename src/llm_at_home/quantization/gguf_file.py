@@ -25,7 +25,8 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # The embeddings and the output head, which the other methods do not count among the linear layers either.
-OUTSIDE = ("token_embd.weight", "output.weight")
+HEAD = "output.weight"
+OUTSIDE = ("token_embd.weight", HEAD)
 
 
 @dataclass(frozen=True)
