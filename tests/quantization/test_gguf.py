@@ -53,6 +53,7 @@ def test_quant_gguf_brings_llamacpp_unless_an_engine_is_named() -> None:
         ("infer", ["adapter_path={adapter}"], "leave out adapter_path"),
         ("infer", ["quant.type=Q3_X"], "quant.type=Q3_X is unknown: choose one of F32"),
         ("infer", ["quant.type=IQ2_XS"], "needs an importance matrix"),
+        ("infer", ["quant.type=IQ3_XS"], "needs an importance matrix"),
         ("infer", ["model.weights=random", "questions=synthetic"], "not made of random weights"),
         ("infer", ["quant.path=none.gguf"], "there is no file none.gguf"),
         ("infer", ["quant=nf4", "model.source={file}"], "read it with quant=gguf"),

@@ -26,9 +26,10 @@ MADE = "making.json"
 WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 QUANTIZED = (
     *("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-    *("IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"),
+    *("IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S"),
 )
-WITH_MATRIX = ("Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+# llama.cpp's mixtures of the first two give queries and keys IQ3_XXS and IQ2_S, which it refuses without a matrix.
+WITH_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 EXTRA = "gguf-k"
 # ``load`` gives plain linear layers on purpose: a dense copy of the file's weights, to measure what they lost.
 DENSE_COPY = True
