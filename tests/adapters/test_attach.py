@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llm_at_home.adapters.attach import adapter_folder, attach_saved, prepare_for_training, trainable_parameters
+from llm_at_home.adapters.attach import (
+    adapter_folder,
+    add_saved,
+    attach_saved,
+    prepare_for_training,
+    trainable_parameters,
+)
 from llm_at_home.errors import Refusal
 
 LORA = {
@@ -54,11 +62,19 @@ def test_full_trains_everything_and_none_nothing(base):
 
 
 def test_an_adapter_of_another_model_is_refused(base, tmp_path):
+    shape = base.config.to_dict()
     prepare_for_training(base, LORA).save_pretrained(tmp_path / "adapter")
     wider = LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     with pytest.raises(Refusal, match="does not fit this model"):
         attach_saved(LlamaForCausalLM(wider), tmp_path)
+    deeper = LlamaForCausalLM(LlamaConfig(**shape | {"num_hidden_layers": 3}))
+    fresh = prepare_for_training(copy.deepcopy(deeper), LORA)
+    for load in (attach_saved, lambda model, path: prepare_for_training(model, LORA, saved=path)):
+        with pytest.raises(Refusal, match="lacks weights for layers of this model"):
+            load(copy.deepcopy(deeper), tmp_path)
+    with pytest.raises(Refusal, match="lacks weights for layers of this model"):
+        add_saved(fresh, tmp_path, "other")
     with pytest.raises(Refusal, match=r"adapter_config\.json"):
         adapter_folder(tmp_path / "elsewhere")

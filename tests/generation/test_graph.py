@@ -309,6 +309,29 @@ def test_adapters_answer_and_are_switched(graph: GraphEngine, model: Any, tokeni
         tuned.unload()
 
 
+def test_tuned_normalisations_answer_and_are_switched_off(
+    graph: GraphEngine, model: Any, tokenizer: Any, prompts: Any
+) -> None:
+    from peft import LNTuningConfig, get_peft_model
+
+    plain = graph.reply(prompts[1], Sampling(TOKENS)).tokens
+    names = ["input_layernorm", "post_attention_layernorm", "norm"]
+    tuned = get_peft_model(model, LNTuningConfig(target_modules=names)).eval()
+    try:
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if "ln_tuning" in name:
+                    parameter.uniform_(0.5, 1.5)
+        engine = GraphEngine(tuned, tokenizer, TOKENS)
+        expected = EagerEngine(tuned, tokenizer, TOKENS).reply(prompts[1], Sampling(TOKENS)).tokens
+        assert expected != plain
+        assert engine.reply(prompts[1], Sampling(TOKENS)).tokens == expected
+        engine.use_adapter(None)
+        assert engine.reply(prompts[1], Sampling(TOKENS)).tokens == plain
+    finally:
+        tuned.unload()
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
 def test_other_members_of_the_family(kind: str, prompts: list[list[int]]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

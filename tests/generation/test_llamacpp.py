@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 
 from llm_at_home.errors import Refusal
 from llm_at_home.generation.chat import Chat
+from llm_at_home.generation.llama_server import LocalServer
 from llm_at_home.generation.llamacpp import UNKNOWN_TOKEN, FileTokenizer, LlamaCppEngine, _Request, _Stream
 from llm_at_home.generation.reply import Sampling
 from llm_at_home.metering import memory
 from llm_at_home.metering.memory import MemoryMeter
-from llm_at_home.models.chat import prompt_ids
+from llm_at_home.models.chat import prompt_ids, template_named
 from llm_at_home.models.embedded import gguf_path
 from llm_at_home.quantization import gguf_write
 
@@ -166,7 +168,7 @@ def test_tokens_of_a_character_that_takes_several_are_counted_and_named(
     body = engine._body(prompts[0], Sampling(count)) | {"grammar": f'root ::= "{said}"'}
     whole = engine.ask("/completion", body | {"stream": False})["tokens"]
     stream = _Stream(engine._token_ids)
-    with _Request(engine.server, "/completion", body) as response:
+    with _Request(engine, "/completion", body) as response:
         for i, line in enumerate(line for line in response if line.startswith(b"data: ")):
             stream.add(json.loads(line[6:]), stream._start + 1.0 + i)
     assert len(stream.tokens) == len(whole) == count
@@ -191,6 +193,30 @@ def test_a_batch_gives_the_single_replies(engine, prompts) -> None:
 def test_a_prompt_that_the_context_cannot_hold_is_refused(engine, prompts) -> None:
     with pytest.raises(Refusal, match=r"longer than engine\.context=512"):
         engine.reply(prompts[0] * 40, Sampling(4))
+
+
+def test_the_server_puts_messages_into_the_template_that_is_chosen(file) -> None:
+    with LocalServer(file, context=256, threads=1, chat_template=template_named("guanaco")) as server:
+        request = urllib.request.Request(
+            server.base_url.removesuffix("/v1") + "/apply-template",
+            json.dumps({"messages": QUESTION}).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {server.api_key}"},
+        )
+        with urllib.request.urlopen(request) as response:
+            prompt = json.loads(response.read())["prompt"]
+    assert prompt.endswith(f"### Human: {QUESTION[0]['content']}\n### Assistant:")
+    with pytest.raises(Refusal, match="chat_template=alpaca is unknown"):
+        template_named("alpaca")
+
+
+def test_a_context_beyond_the_model_s_own_is_the_model_s(file, tokenizer, prompts) -> None:
+    engine = LlamaCppEngine(file, tokenizer, TOKENS, context=4096, threads=1)
+    try:
+        assert engine.context == engine.describe()["context"] == 2048
+        with pytest.raises(Refusal, match=r"longer than engine\.context=2048: the model takes no more"):
+            engine.reply(prompts[0] * 100, Sampling(4))
+    finally:
+        engine.close()
 
 
 def test_the_record_names_the_types_that_the_file_holds(engine) -> None:

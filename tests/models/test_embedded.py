@@ -213,6 +213,16 @@ def test_an_interrupted_conversion_leaves_no_folder(cache: Path, small: Any, mon
     monkeypatch.undo()
 
 
+def test_what_a_killed_conversion_or_a_half_removed_folder_left_makes_room(cache: Path, small: Any) -> None:
+    folder = embedded.converted_folder()
+    for left in (folder, folder.with_name(f"{folder.name}.tmp-1")):
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_text("half")
+    assert ensure_converted() == folder
+    assert kept(cache) == [folder.name]
+    assert (folder / "model.safetensors").stat().st_size > 1000
+
+
 def test_a_permutation_that_changes_the_logits_is_never_kept(cache: Path, small: Any, monkeypatch) -> None:
     def wrong(model: Any, seed: int) -> None:
         weight = model.model.layers[0].mlp.down_proj.weight

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_at_home.errors import Refusal
 from llm_at_home.models.embedded import gguf_path
@@ -53,6 +53,7 @@ def test_quant_gguf_brings_llamacpp_unless_an_engine_is_named() -> None:
         ("infer", ["adapter_path={adapter}"], "leave out adapter_path"),
         ("infer", ["quant.type=Q3_X"], "quant.type=Q3_X is unknown: choose one of F32"),
         ("infer", ["quant.type=IQ2_XS"], "needs an importance matrix"),
+        ("infer", ["quant.type=IQ3_XS"], "needs an importance matrix"),
         ("infer", ["model.weights=random", "questions=synthetic"], "not made of random weights"),
         ("infer", ["quant.path=none.gguf"], "there is no file none.gguf"),
         ("infer", ["quant=nf4", "model.source={file}"], "read it with quant=gguf"),
@@ -76,6 +77,12 @@ def test_a_folder_of_another_architecture_is_refused_before_anything_loads(of_ti
     (folder / "model.safetensors").touch()
     with pytest.raises(Refusal, match="this one is qwen2"):
         resolve.check("infer", config("infer", "model=custom", f"model.source={folder}"))
+
+
+def test_a_model_of_the_hub_is_refused_before_it_is_fetched() -> None:
+    with pytest.raises(Refusal, match="this one is qwen2"):
+        gguf.check(config("infer", "model=qwen2_5_7b"))
+    gguf.check(config("infer", "model=llama3_8b"))
 
 
 def test_a_type_of_the_extra_is_refused_without_it_and_not_once_it_is_made(of_tiny, monkeypatch) -> None:
@@ -130,6 +137,17 @@ def test_the_dense_copy_holds_the_file_s_weights(of_tiny, tiny_model) -> None:
         assert not torch.equal(original(probe).logits, rounded(probe).logits)
     assert base.describe_kernel(rounded)["layers"] == {"Q4_0": 14}
     assert size_readings(rounded)["bits_per_weight"].value == 4.5
+
+
+def test_the_dense_copy_has_the_file_s_own_head_where_the_model_ties_it(of_tiny, tiny_model, tmp_path) -> None:
+    untied = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() * 2)
+    path = tmp_path / "untied.gguf"
+    gguf_write.write(path, untied, AutoTokenizer.from_pretrained(tiny_model), "F32", "tiny")
+    read = base.load_base(of_tiny("task=fidelity", f"quant.path={path}", command="evaluate"))
+    assert torch.equal(read.lm_head.weight, untied.lm_head.weight)
+    assert torch.equal(read.model.embed_tokens.weight * 2, read.lm_head.weight)
 
 
 def test_a_file_of_another_model_is_refused(of_tiny) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -146,6 +146,15 @@ def test_a_row_that_is_no_whole_number_of_blocks_stays_sixteen_bits(tokenizer, t
     }
 
 
+def test_weights_that_float16_cannot_hold_are_refused_and_not_written_as_infinite(tokenizer, tmp_path) -> None:
+    model = llama(len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = -1e5
+    with pytest.raises(Refusal, match=r"layers\.1\.mlp\.up_proj\.weight holds .* use type BF16"):
+        written(tmp_path, model, tokenizer, "F16")
+    written(tmp_path, model, tokenizer, "BF16")
+
+
 def test_what_the_header_says_is_what_the_gguf_package_reads(model, tokenizer, tmp_path) -> None:
     file = written(tmp_path, model, tokenizer, "Q4_1")
     reader = GGUFReader(file.path)
@@ -176,6 +185,18 @@ def test_a_file_that_is_cut_off_or_something_else_is_refused(model, tokenizer, t
         GGUFFile(path)
     with pytest.raises(Refusal, match="no model file"):
         GGUFFile(tmp_path / "none.gguf")
+
+
+def test_one_of_several_parts_is_refused_since_its_sizes_are_not_the_model_s(tmp_path) -> None:
+    writer = GGUFWriter(tmp_path / "model-00001-of-00003.gguf", "qwen2")
+    writer.add_uint16("split.no", 0)
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(Refusal, match="one of 3 parts of a model: join them"):
+        GGUFFile(tmp_path / "model-00001-of-00003.gguf")
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:

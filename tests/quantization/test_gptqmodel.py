@@ -309,6 +309,7 @@ def test_lora_s_gradients_are_those_on_the_dequantized_copy(wide_model, tmp_path
     [
         ("train", ["quant=gptq", "adapter=full"], "adapter=lora or quant=none"),
         ("infer", ["quant=gptq", "quant.bits=5"], "choose one of 2, 3, 4, 8"),
+        ("infer", ["quant=gptq", "quant.bits=null"], "has no number of bits: give"),
         ("infer", ["quant=awq", "quant.bits=3"], "choose one of 4"),
         ("infer", ["quant=gptq", "quant.group_size=48"], "choose one of 16, 32, 64, 128"),
         ("infer", ["quant=gptq", "dtype=float32"], "not in float32"),

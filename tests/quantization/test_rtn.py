@@ -118,6 +118,7 @@ def test_bitsandbytes_scales_and_tables_are_counted(tiny_model):
         ({"scheme": "odd"}, "symmetric, asymmetric"),
         ({"granularity": "row"}, "tensor, channel, group"),
         ({"group_size": 20}, "multiple of 8"),
+        ({"group_size": None}, "multiple of 8"),
     ],
 )
 def test_what_does_not_exist_is_refused(tiny_model, quant, said):

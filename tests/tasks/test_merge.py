@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_at_home.adapters.attach import adapter_folder, add_saved, attach_saved, merged, prepare_for_training
 from llm_at_home.errors import Refusal
+from llm_at_home.quantization import gguf_write
+from llm_at_home.quantization.gguf_file import GGUFFile
+from llm_at_home.tasks.checks.making import check_merge
 
 MODULE = "src/llm_at_home/tasks/merge.py"
 IDS = torch.arange(50, 80).reshape(1, 30)
@@ -65,6 +68,33 @@ def test_what_cannot_be_merged_is_refused(command, saved, tmp_path, words, hint)
     assert done.returncode == 2
     assert hint in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_an_update_of_one_end_of_a_tied_model_leaves_the_other_as_it_is(saved, tiny_model, tmp_path, end):
+    folder, logits = saved(LORA | {"target_modules": ["q_proj", end]})
+    model = merged(attach_saved(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), folder))
+    model.save_pretrained(tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    gguf_write.write(tmp_path / "out.gguf", read, AutoTokenizer.from_pretrained(tiny_model), "F32", "tiny")
+    with torch.no_grad():
+        torch.testing.assert_close(read(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    file = GGUFFile(tmp_path / "out.gguf")
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    for name, weight in (("output.weight", read.lm_head.weight), ("token_embd.weight", read.model.embed_tokens.weight)):
+        assert (torch.from_numpy(file.dequantized(stored[name])) == weight).all()
+
+
+def test_a_model_that_the_writer_does_not_know_is_refused_before_it_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    model = {"source": str(tmp_path), "weights": "pretrained", "architecture": None}
+    asked = {"model": model, "adapter_path": str(tmp_path), "out": f"{tmp_path}/out", "gguf": None}
+    asked |= {"quant": {"name": "none", "method": "dense"}, "prune": {"name": "none"}}
+    check_merge(asked)
+    with pytest.raises(Refusal, match="this one is qwen2"):
+        check_merge(asked | {"gguf": "Q8_0"})
+    with pytest.raises(Refusal, match="names no folder"):
+        check_merge(asked | {"out": None})
 
 
 def test_a_prompt_is_not_merged(saved, tiny_model):

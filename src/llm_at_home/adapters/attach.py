@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from llm_at_home.quantization.gptq_output import library_output
 OWN_KEYS = ("name", "trains", "implementation", "starts_as_identity", "schedule", "loftq")
 
 
+LACKS = "lacks weights for layers of this model: name the model that it was trained on with model="
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PUBLISHED_FILES = ["adapter_config.json", "adapter_model.*"]
 
@@ -103,8 +106,19 @@ def prepare_for_training(
 def _further(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
-    try:
+    with _fitting(folder):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True).train()
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Refuse an adapter that does not fit, also where PEFT would only warn and leave fresh what the file lacks."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            yield
+    except UserWarning as warning:
+        raise Refusal(f"the adapter in {folder} {LACKS}") from warning
     except (RuntimeError, ValueError) as error:
         raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
 
@@ -156,16 +170,13 @@ def attach_saved(model: Any, path: str | Path) -> Any:
         Refusal: when the folder holds no adapter, or one that does not fit this model.
     """
     folder = adapter_folder(path)
-    try:
-        with library_output():
-            from peft import PeftModel
+    with _fitting(folder), library_output():
+        from peft import PeftModel
 
-            from llm_at_home.adapters import methods
+        from llm_at_home.adapters import methods
 
-            methods.register()
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError) as error:
-        raise Refusal(f"the adapter in {folder} does not fit this model: {str(error).splitlines()[0]}") from error
+        methods.register()
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def add_saved(model: Any, path: str | Path, name: str) -> None:
@@ -182,9 +193,11 @@ def add_saved(model: Any, path: str | Path, name: str) -> None:
     folder = adapter_folder(path)
     try:
         with library_output():
-            model.load_adapter(str(folder), name)
+            missing = model.load_adapter(str(folder), name).missing_keys
     except (RuntimeError, ValueError, TypeError) as error:
         raise Refusal(f"the adapter in {folder} does not fit here: {str(error).splitlines()[0]}") from error
+    if any("prompt_encoder" not in key for key in missing):  # which is of use in training alone
+        raise Refusal(f"the adapter in {folder} does not fit here: it {LACKS}")
     model.eval()
 
 
@@ -196,10 +209,29 @@ def merged(model: Any) -> Any:
     """
     if model.active_peft_config.is_prompt_learning:
         raise Refusal("a prompt has no place in the weights: serve it beside the base with adapter_path=")
+    _untie(model)
     try:
         return model.merge_and_unload()
     except (ValueError, NotImplementedError) as error:
         raise Refusal(f"this adapter is not merged: {str(error).splitlines()[0]}") from error
+
+
+def _untie(model: Any) -> None:
+    """Give the output head a weight of its own where an update belongs to it alone, or to the embeddings alone.
+
+    PEFT would add the update to the one tensor that both are, and with it to the other.
+    """
+    import torch
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [getattr(end, "base_layer", end) for end in ends]
+    # PEFT itself puts tuned tokens on both.
+    tuned = [isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer) for end in ends]
+    if any(tuned) and bases[0].weight is bases[1].weight:
+        bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+        model.get_base_model().config.tie_word_embeddings = False
 
 
 def trainable_parameters(model: Any) -> int:

@@ -49,6 +49,7 @@ class LocalServer:
         on_gpu: whether its layers go to a GPU; None leaves the choice to llama.cpp.
         longest_reply: tokens of a reply whose request names no limit; None lets it fill the context.
         temperature: of a request that names none; None leaves llama.cpp's.
+        chat_template: in Jinja's language; None is the file's own.
         address: None is a free port of 127.0.0.1 with a key that nobody else knows.
 
     Raises:
@@ -66,6 +67,7 @@ class LocalServer:
         on_gpu: bool | None = None,
         longest_reply: int | None = None,
         temperature: float | None = None,
+        chat_template: str | None = None,
         address: Address | None = None,
     ) -> None:
         self.gguf = Path(gguf)
@@ -82,6 +84,7 @@ class LocalServer:
             "on_gpu": on_gpu,
             "longest_reply": longest_reply,
             "temperature": temperature,
+            "chat_template": chat_template,
             "host": address.host,
             "port": address.port,
         }
@@ -210,6 +213,8 @@ def _serve() -> None:
             params.n_predict = settings["longest_reply"]
         if settings["temperature"] is not None:
             params.sampling.temp = settings["temperature"]
+        if settings["chat_template"] is not None:
+            params.chat_template = settings["chat_template"]
         if settings["on_gpu"] is not None:
             params.n_gpu_layers = -1 if settings["on_gpu"] else 0
         if settings["threads"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -62,7 +63,7 @@ class LlamaCppEngine:
         temperature: for every question, or None for the published one of its category.
         batch_size: conversations answered at once; each has ``context`` tokens of key-value cache.
         warmup_tokens: decoded before anything is measured.
-        context: tokens of prompt and answer together.
+        context: tokens of prompt and answer together; no more than the model was made for.
         threads: CPU threads; None leaves the choice to llama.cpp, which takes one for each physical core.
         on_gpu: whether the model is to run on a GPU.
 
@@ -88,10 +89,15 @@ class LlamaCppEngine:
         self.temperature = temperature
         self.batch_size = batch_size
         self.warmup_tokens = warmup_tokens
-        self.context = context
-        self.server = LocalServer(gguf, context=context, parallel=batch_size, threads=threads, on_gpu=on_gpu)
+        self.context = min(context, self.longest)  # llama.cpp gives no more than that
+        self.server = LocalServer(gguf, context=self.context, parallel=batch_size, threads=threads, on_gpu=on_gpu)
         self.server.__enter__()
         self._close = weakref.finalize(self, self.server.stop)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens of prompt and answer the model was made for."""
+        return int(self.file.shape("context_length", sys.maxsize))
 
     @property
     def vocabulary(self) -> int:
@@ -171,7 +177,7 @@ class LlamaCppEngine:
 
     def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The server's answer to one request that does not stream."""
-        with _Request(self.server, path, body) as response:
+        with _Request(self, path, body) as response:
             return json.loads(response.read())
 
     def _token_ids(self, text: str) -> list[int]:
@@ -192,7 +198,7 @@ class LlamaCppEngine:
         }
 
     def _events(self, prompt: Sequence[int], sampling: Sampling) -> Generator[dict[str, Any], None, None]:
-        with _Request(self.server, "/completion", self._body(prompt, sampling)) as response:
+        with _Request(self, "/completion", self._body(prompt, sampling)) as response:
             for line in response:
                 if line.startswith(b"data: "):
                     event = json.loads(line.removeprefix(b"data: "))
@@ -253,9 +259,9 @@ class _Stream:
 class _Request:
     """One request to the server; leaving it early closes the connection, which makes the server stop."""
 
-    def __init__(self, server: LocalServer, path: str, body: Mapping[str, Any]) -> None:
-        address = urlsplit(server.base_url)
-        self._server = server
+    def __init__(self, engine: LlamaCppEngine, path: str, body: Mapping[str, Any]) -> None:
+        address = urlsplit(engine.server.base_url)
+        self._server, self._longest = engine.server, engine.longest
         self._connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=TIMEOUT_S)
         self._path = path
         self._body = json.dumps(body)
@@ -272,8 +278,9 @@ class _Request:
             problem = json.loads(response.read())["error"]
             self._connection.close()
             if problem.get("type") == "exceed_context_size_error":
-                needed = problem["n_prompt_tokens"]
-                raise Refusal(f"a prompt of {needed} tokens is longer than engine.context={problem['n_ctx']}: raise it")
+                needed, held = problem["n_prompt_tokens"], problem["n_ctx"]
+                hint = "raise it" if held < self._longest else "the model takes no more, so ask it something shorter"
+                raise Refusal(f"a prompt of {needed} tokens is longer than engine.context={held}: {hint}")
             raise RuntimeError(f"llama.cpp: {problem['message']}")
         return response
 

@@ -52,12 +52,24 @@ def ensure_chat_template(tokenizer: Any, chosen: str | None, name: str) -> None:
     Raises:
         Refusal: for an unknown name, or where the tokenizer brings none and none is chosen.
     """
-    if chosen is not None:
-        if chosen not in TEMPLATES:
-            raise Refusal(f"model.chat_template={chosen} is unknown: choose one of {', '.join(TEMPLATES)}, or null")
-        tokenizer.chat_template = TEMPLATES[chosen]
+    template = template_named(chosen)
+    if template is not None:
+        tokenizer.chat_template = template
     elif tokenizer.chat_template is None:
         raise Refusal(f"{name} has no chat template: choose one with model.chat_template=guanaco or chatml")
+
+
+def template_named(chosen: str | None) -> str | None:
+    """The template that ``model.chat_template`` names, in Jinja's language; None for the model's own.
+
+    Raises:
+        Refusal: for an unknown name.
+    """
+    if chosen is None:
+        return None
+    if chosen not in TEMPLATES:
+        raise Refusal(f"model.chat_template={chosen} is unknown: choose one of {', '.join(TEMPLATES)}, or null")
+    return TEMPLATES[chosen]
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], generation_prompt: bool = False) -> str:

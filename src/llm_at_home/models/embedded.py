@@ -63,10 +63,13 @@ def ensure_converted() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not (folder / "config.json").is_file():
+            # What a killed process left: nobody else can be making it, since the lock is held.
+            for old in folder.parent.glob(f"{folder.name}.tmp-*"):
+                shutil.rmtree(old, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-            shutil.rmtree(temporary, ignore_errors=True)
             try:
                 _convert(gguf_path(), temporary)
+                shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was half removed
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -14,7 +14,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.models.loading import load_config, load_tokenizer, load_weights
 from llm_at_home.quantization import gguf_write, modelfile
-from llm_at_home.quantization.gguf_file import GGUFFile
+from llm_at_home.quantization.gguf_file import HEAD, GGUFFile
 from llm_at_home.records.cached import cached, is_made
 from llm_at_home.records.hashing import package_versions
 from llm_at_home.records.schema import Reading
@@ -26,9 +26,10 @@ MADE = "making.json"
 WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 QUANTIZED = (
     *("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-    *("IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"),
+    *("IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S"),
 )
-WITH_MATRIX = ("Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+# llama.cpp's mixtures of the first two give queries and keys IQ3_XXS and IQ2_S, which it refuses without a matrix.
+WITH_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 EXTRA = "gguf-k"
 # ``load`` gives plain linear layers on purpose: a dense copy of the file's weights, to measure what they lost.
 DENSE_COPY = True
@@ -86,9 +87,18 @@ def check(config: Mapping[str, Any]) -> None:
     if model["weights"] == "random":
         raise Refusal("quant=gguf is not made of random weights: use quant.path=FILE, or model.weights=pretrained")
     _check_type(config)
-    shape = Path(model["source"]).expanduser() / "config.json"
-    if shape.is_file():
-        gguf_write.check_architecture(json.loads(shape.read_text(encoding="utf-8")))
+    check_model(model)
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Refuse a model that the writer does not know, as far as that can be told without loading.
+
+    Raises:
+        Refusal: naming what it does not know.
+    """
+    shape = source.shape(model)
+    if shape:
+        gguf_write.check_architecture(shape)
 
 
 def _check_type(config: Mapping[str, Any]) -> None:
@@ -179,10 +189,12 @@ def load(config: Mapping[str, Any]) -> Any:
     _check_readable(file)
     shape = load_config(config["model"])
     gguf_write.check_architecture(shape.to_dict())
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    if HEAD in stored:
+        shape.tie_word_embeddings = False  # llama.cpp computes with the file's head, whatever the model ties
     with torch.device(config["gpu"]["device"]), no_init_weights():
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config["dtype"]))
     model.tie_weights()
-    stored = {tensor.name: tensor for tensor in file.tensors}
     for name, parameter in model.named_parameters():
         tensor = stored.get(gguf_write.file_name(name, shape.num_hidden_layers))
         if tensor is None or tensor.shape != tuple(parameter.shape):

@@ -25,7 +25,8 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # The embeddings and the output head, which the other methods do not count among the linear layers either.
-OUTSIDE = ("token_embd.weight", "output.weight")
+HEAD = "output.weight"
+OUTSIDE = ("token_embd.weight", HEAD)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class GGUFFile:
         path: the file.
 
     Raises:
-        Refusal: for a file that is missing, cut off, or none of GGUF version 2 or 3.
+        Refusal: for a file that is missing, cut off, one of several parts, or none of GGUF version 2 or 3.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -69,6 +70,10 @@ class GGUFFile:
                 self.metadata, self.tensors = _Header(data).read()
         except (struct.error, ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
             raise Refusal(f"{self.path} is no whole .gguf file: {error}") from error
+        parts = self.metadata.get("split.count", 0)
+        if parts > 1:
+            hint = "join them with llama.cpp's `llama-gguf-split --merge`"
+            raise Refusal(f"{self.path} is one of {parts} parts of a model: {hint}")
         end = max((tensor.offset + tensor.bytes for tensor in self.tensors), default=0)
         if end > self.bytes:
             raise Refusal(f"{self.path} is cut off: {self.bytes} bytes of {end}")

@@ -91,9 +91,10 @@ def write(path: Path, model: Any, tokenizer: Any, kind: str, name: str) -> None:
         name: the model's name.
 
     Raises:
-        Refusal: for an architecture or a tokenizer that is not known.
+        Refusal: for an architecture or a tokenizer that is not known, or weights that a type cannot hold.
     """
     import numpy as np
+    import torch
     from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
@@ -126,6 +127,8 @@ def write(path: Path, model: Any, tokenizer: Any, kind: str, name: str) -> None:
         heads = heads_of(own, config)
         values = tensor.detach().float()
         values = permute(values, heads) if heads else values
+        if kinds[found].name == "F16" and values.abs().max() > torch.finfo(torch.float16).max:
+            raise Refusal(f"{own} holds weights that float16 cannot: use type BF16 or F32")
         writer.write_tensor_data(quantize(values.contiguous().numpy(), kinds[found]))
     writer.close()
 

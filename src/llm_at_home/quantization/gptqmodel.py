@@ -54,6 +54,10 @@ def check(config: Mapping[str, Any]) -> None:
         source.check_group_size(config["model"], quant["group_size"])
     if quant.get("target_bits") is not None:
         _check_target(quant)
+    elif quant["bits"] is None:
+        raise Refusal(
+            f"quant={name} has no number of bits: give quant.bits, or use quant=gptq_mixed quant.target_bits=4"
+        )
     if config["model"]["weights"] == "random":
         if algorithm == "exl3" or quant.get("target_bits") is not None:
             hint = "use quant=gptq, whose packed tensors can be random"

@@ -28,9 +28,10 @@ def check(config: Mapping[str, Any]) -> None:
         if quant[key] not in known:
             raise Refusal(f"quant.{key}={quant[key]} is unknown: choose one of {', '.join(map(str, known))}")
     if quant["granularity"] == "group":
-        if quant["group_size"] < 8 or quant["group_size"] % 8:
-            raise Refusal(f"quant.group_size={quant['group_size']} cannot be packed: give a multiple of 8")
-        source.check_group_size(config["model"], quant["group_size"])
+        size = quant["group_size"]
+        if not isinstance(size, int) or size < 8 or size % 8:
+            raise Refusal(f"quant.group_size={size} cannot be packed: give a multiple of 8")
+        source.check_group_size(config["model"], size)
     if config.get("adapter", {}).get("trains", "nothing") != "nothing":
         name = config["adapter"].get("name", "full")
         raise Refusal(

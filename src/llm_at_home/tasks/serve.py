@@ -57,8 +57,9 @@ def _serve_model(config: Mapping[str, Any]) -> None:
 
 
 def _serve_file(config: Mapping[str, Any]) -> None:
-    """llama.cpp's own server, which batches, streams, keeps conversations and reads the file's own chat template."""
+    """llama.cpp's own server, which batches, streams, keeps conversations and renders chat templates itself."""
     from llm_at_home.generation.llama_server import Address, LocalServer
+    from llm_at_home.models.chat import template_named
     from llm_at_home.quantization import gguf
 
     options, engine, name = config["serve"], config["engine"], config["model"]["name"]
@@ -71,6 +72,7 @@ def _serve_file(config: Mapping[str, Any]) -> None:
         on_gpu=config["gpu"]["device"] == "cuda",
         longest_reply=engine["max_new_tokens"],
         temperature=engine["temperature"],
+        chat_template=template_named(config["model"]["chat_template"]),
         address=Address(options["host"], options["port"], options["api_key"]),
     )
     with server, contextlib.suppress(KeyboardInterrupt):

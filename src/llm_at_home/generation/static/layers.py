@@ -92,6 +92,7 @@ class Decoder:
         self.decoder, self.head = decoder_of(model)
         self.operations = operations
         self.product = _product(self.head, operations)
+        self.norm = _active_norm(self.decoder.norm)
         first = self.decoder.layers[0].self_attn
         self.head_dim, self.scale = first.head_dim, first.scaling
         embedded = self.decoder.embed_tokens.weight
@@ -220,8 +221,7 @@ class Decoder:
             delta = block.out(attend(q, key_cache, value_cache).reshape(count, 1, -1))
             hidden, normed = ops.add_rms_norm(hidden, delta, block.post_norm.weight, block.post_norm.variance_epsilon)
             delta = block.down(ops.silu_multiply(*block.gate_and_up(normed)))
-        norm = self.decoder.norm
-        return ops.add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)[1]
+        return ops.add_rms_norm(hidden, delta, self.norm.weight, self.norm.variance_epsilon)[1]
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -234,12 +234,22 @@ class _Block:
 
     def __init__(self, layer: Any, operations: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.input_norm = _active_norm(layer.input_layernorm)
+        self.post_norm = _active_norm(layer.post_attention_layernorm)
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.project = _together([attention.q_proj, attention.k_proj, attention.v_proj], operations)
         self.out = _product(attention.o_proj, operations)
         self.gate_and_up = _together([mlp.gate_proj, mlp.up_proj], operations)
         self.down = _product(mlp.down_proj, operations)
+
+
+def _active_norm(layer: Any) -> Any:
+    """The normalisation that a layer computes with now: PEFT's LN tuning keeps tuned copies beside the base's."""
+    copies = getattr(layer, "ln_tuning_layers", None)
+    if copies is None:
+        return layer
+    unused = layer.disable_adapters or layer.merged or not layer.active_adapters
+    return layer.base_layer if unused else copies[layer.active_adapters[0]]
 
 
 def _product(layer: Any, operations: Any) -> Any:

@@ -12,8 +12,7 @@ from llm_at_home.models import source
 from llm_at_home.pruning import base as pruning
 from llm_at_home.pruning import checkpoint as pruned
 from llm_at_home.pruning.naming import prune_words
-from llm_at_home.quantization import base
-from llm_at_home.quantization.gguf import WRITTEN
+from llm_at_home.quantization import base, gguf
 from llm_at_home.records import store
 
 
@@ -48,10 +47,14 @@ def check_merge(config: Mapping[str, Any]) -> None:
     if pruned.settings(trained_on) != pruned.settings(config["prune"]):
         hint = "merge with the prune= of its training; the merged weights are dense again"
         raise Refusal(f"the adapter was trained on prune={', '.join(prune_words(trained_on)) or 'none'}: {hint}")
+    if not config["out"]:
+        raise Refusal("out= names no folder: give one that does not exist yet")
     if Path(config["out"]).exists():
         raise Refusal(f"out={config['out']} exists: give a folder that does not")
-    if config["gguf"] and config["gguf"] not in WRITTEN:
-        raise Refusal(f"gguf={config['gguf']} is not written by Python: choose one of {', '.join(WRITTEN)}")
+    if config["gguf"]:
+        if config["gguf"] not in gguf.WRITTEN:
+            raise Refusal(f"gguf={config['gguf']} is not written by Python: choose one of {', '.join(gguf.WRITTEN)}")
+        gguf.check_model(config["model"])
 
 
 def _training_config(adapter_path: str) -> Mapping[str, Any]:
