@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
     config, model = common.load_decoded(args, method)
     device = config["gpu"]["device"]
     own = json.loads(PROMPTS.read_text())["tokens"][: args.questions]
-    lengths = json.loads(args.lengths.read_text()) if args.lengths else [[args.tokens] * 2] * len(own)
+    lengths = json.loads(args.lengths.read_text())[: len(own)] if args.lengths else [[args.tokens] * 2] * len(own)
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
