@@ -114,7 +114,8 @@ def test_prompts_read_together_are_read_as_alone(
     kept = graph.reply(prompts[1], Sampling(6)).tokens
     longer = [*prompts[1], *kept, *prompts[3]]
     asked = [*prompts[:3], longer]
-    sampled = [Sampling(9, 0.9 * (i % 2), seed=i, ignore_eos=i == 3) for i in range(4)]
+    temperatures = (0, 0.9, 0, 1)  # whole numbers, as the command line gives them
+    sampled = [Sampling(9, warm, seed=i, ignore_eos=i == 3) for i, warm in enumerate(temperatures)]
     alone = []
     for prompt, sampling in zip(asked, sampled, strict=True):
         graph.forget()

@@ -66,10 +66,10 @@ class Step:
         """
         settings = [[slot, len(one.so_far), one.sampling.ignore_eos] for slot, one in entries.items()]
         at, lengths, endless = to_device(torch.tensor(settings).T, self.device)
-        temperatures = [[one.sampling.temperature] for one in entries.values()]
+        temperatures = torch.tensor([[float(one.sampling.temperature)] for one in entries.values()])
         self.positions[at] = lengths
         self.active.index_fill_(0, at, 1)
-        self.temperatures[at] = to_device(torch.tensor(temperatures), self.device)
+        self.temperatures[at] = to_device(temperatures, self.device)
         self.endless[at] = endless[:, None].bool()
         for one in entries.values():
             if one.sampling.temperature > 0 and one.generator is None:
