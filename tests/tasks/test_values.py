@@ -90,3 +90,21 @@ def test_weights_that_no_scaler_takes_are_not_trained_in_float16():
 def test_a_word_is_no_switch_for_any_command(task, words):
     with pytest.raises(Refusal, match="give true or false"):
         checked(task, [*words, "model.trust_remote_code=off"])
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "why"),
+    [
+        ("infer", ["repeats=x"], "repeats=x"),
+        ("infer", ["samples=1.5"], "samples=1.5"),
+        ("infer", ["engine.batch_size=2.5"], "engine.batch_size=2.5"),
+        ("evaluate", ["task=text", "text.batch_size=0"], "text.batch_size=0"),
+        ("evaluate", ["task=text", "text.max_new_tokens=few"], "text.max_new_tokens=few"),
+        ("evaluate", ["task=text", "engine.temperature=-1"], "engine.temperature=-1"),
+        ("evaluate", ["task=fidelity", "fidelity.max_length=2.5"], "fidelity.max_length=2.5"),
+    ],
+    ids=str,
+)
+def test_what_answering_would_stumble_over_is_refused(task, words, why):
+    with pytest.raises(Refusal, match=f"{why} .*give"):
+        checked(task, words)

@@ -11,17 +11,18 @@ from llm_at_home.errors import Refusal
 
 # PEFT's types and the choices of conf/adapter; LoRA's further ones are told by their keys.
 CHOICES = {
-    **{
-        "LORA": "lora",
-        "ADALORA": "adalora",
-        "LOKR": "lokr",
-        "LOHA": "loha",
-        "OFT": "oft",
-        "VERA": "vera",
-        "IA3": "ia3",
-    },
-    **{"BOTTLENECK": "bottleneck", "LN_TUNING": "layernorm"},
-    **{"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix", "P_TUNING": "p_tuning"},
+    "LORA": "lora",
+    "ADALORA": "adalora",
+    "LOKR": "lokr",
+    "LOHA": "loha",
+    "OFT": "oft",
+    "VERA": "vera",
+    "IA3": "ia3",
+    "BOTTLENECK": "bottleneck",
+    "LN_TUNING": "layernorm",
+    "PROMPT_TUNING": "prompt",
+    "PREFIX_TUNING": "prefix",
+    "P_TUNING": "p_tuning",
 }
 CLASSES = {
     "LNTuningConfig": "layernorm",

@@ -13,7 +13,7 @@ from llm_at_home.pruning.naming import prune_words
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import logs
-from llm_at_home.tasks.turns import QuestionTurns, RandomTurns, ask
+from llm_at_home.tasks.turns import QuestionTurns, RandomTurns, ask, has_places
 
 
 def run(config: dict[str, Any], folder: Path, record: Record, tracker: Tracker | None) -> None:
@@ -155,7 +155,7 @@ def _warm_up(engine: Any, turns: QuestionTurns | RandomTurns) -> Reading:
 
     start = time.perf_counter()
     prompts = turns.first_prompts(engine)
-    if hasattr(engine, "stream") and not engine.eager_because:
+    if has_places(engine):
         # As long as the measured ones, so that the cache and its graphs are those of the measured phase.
         for temperature in turns.kinds(engine):
             lengths = [max(1, engine.warmup_tokens - i.bit_length()) for i in range(len(prompts))]

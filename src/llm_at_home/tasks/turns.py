@@ -105,7 +105,7 @@ class QuestionTurns:
 
     def streams(self, engine: Any) -> bool:
         """Whether the engine's places are filled as they become free."""
-        return self.batch_size > 1 and hasattr(engine, "stream") and not engine.eager_because
+        return self.batch_size > 1 and has_places(engine)
 
     def longest(self, engine: Any) -> int:
         """Tokens of the longest conversation with the longest answers."""
@@ -233,10 +233,6 @@ class _Asked:
 class RandomTurns:
     """Prompts of random token ids for a model without a tokenizer; every answer has the full length."""
 
-    def streams(self, engine: Any) -> bool:
-        """Never: answers of one length end together."""
-        return False
-
     def kinds(self, engine: Any) -> list[float]:
         """All are answered greedily."""
         return [0.0]
@@ -266,6 +262,11 @@ class RandomTurns:
 
         sampling = Sampling(engine.max_new_tokens, 0.0, self.seed, ignore_eos=True)
         return [ask(engine, prompts, sampling) for prompts in _parts(self.prompts, self.batch_size)]
+
+
+def has_places(engine: Any) -> bool:
+    """Whether an engine decodes in places, as one with a graph does where it need not answer eagerly."""
+    return hasattr(engine, "stream") and not engine.eager_because
 
 
 def _parts(items: Sequence[Any], size: int) -> list[list[Any]]:

@@ -28,8 +28,8 @@ def check(config: Mapping[str, Any]) -> None:
     """
     options = config["fidelity"]
     for key, least in _LEAST.items():
-        if options[key] < least:
-            raise Refusal(f"fidelity.{key}={options[key]} is too small: give at least {least}")
+        if type(options[key]) is not int or options[key] < least:
+            raise Refusal(f"fidelity.{key}={options[key]} is too small, or no whole number: give at least {least}")
     stored = quantized_as(config["model"])
     if stored and not options["baseline_source"]:
         hint = "name the unquantized one with fidelity.baseline_source=HUB_ID_OR_FOLDER"

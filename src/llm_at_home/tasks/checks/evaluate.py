@@ -12,6 +12,7 @@ from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_dtype
 from llm_at_home.records import store
 from llm_at_home.tasks import harness, judging
+from llm_at_home.tasks.checks.values import check_engine, is_whole
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -28,6 +29,10 @@ def check(config: Mapping[str, Any]) -> None:
     elif config["data"]["source"] == SYNTHETIC:
         raise Refusal("data=synthetic has no answers to compare with: use data=handbook, guanaco or jsonl")
     else:
+        for key in ("batch_size", "max_new_tokens"):
+            if not is_whole(config["text"][key]):
+                raise Refusal(f"text.{key}={config['text'][key]} is no whole number from 1 on: give at least 1")
+        check_engine(config["engine"])
         context.check(config)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import math
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from llm_at_home.adapters.attach import adapter_folder
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.tasks.checks.synthetic import check_synthetic
+from llm_at_home.tasks.checks.values import check_engine, is_whole
 
 LAST_PORT = 65535
 
@@ -30,13 +30,13 @@ def check(config: Mapping[str, Any]) -> None:
     _check_names(config)
     for path in config["adapters"].values():
         adapter_folder(path)
-    if config["repeats"] < 1:
-        raise Refusal(f"repeats={config['repeats']} is too small: give at least 1")
-    if config["samples"] < 1:
-        raise Refusal(f"samples={config['samples']} is too small: give at least 1")
+    if not is_whole(config["repeats"]):
+        raise Refusal(f"repeats={config['repeats']} is no whole number from 1 on: give at least 1")
+    if not is_whole(config["samples"]):
+        raise Refusal(f"samples={config['samples']} is no whole number from 1 on: give at least 1")
     if config["samples"] > 1 and config["engine"].get("temperature") == 0:
         raise Refusal("samples= of greedy answers would all be alike: leave out engine.temperature=0, or samples=")
-    _check_engine(config["engine"])
+    check_engine(config["engine"])
     if config["mode"] == "chat" and config["model"]["weights"] == "random":
         raise Refusal("random weights have nothing to say: mode=chat needs model.weights=pretrained")
     _check_graph(config)
@@ -57,21 +57,6 @@ def _check_names(config: Mapping[str, Any]) -> None:
             raise Refusal(f"adapters: {name} is taken: give it another name")
 
 
-def _check_engine(engine: Mapping[str, Any]) -> None:
-    for key in ("max_new_tokens", "batch_size", "warmup_tokens", "context"):
-        if key in engine and not _is_count(engine[key]):
-            raise Refusal(f"engine.{key}={engine[key]} is no whole number from 1 on: give at least 1")
-    if engine.get("threads") is not None and not _is_count(engine["threads"]):
-        raise Refusal(f"engine.threads={engine['threads']} is no whole number from 1 on: give at least 1, or null")
-    temperature = engine.get("temperature")
-    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature < math.inf):
-        raise Refusal(f"engine.temperature={temperature} is no temperature: give 0 (greedy) or more, or null")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
 def _check_graph(config: Mapping[str, Any]) -> None:
     kernels, device = config["engine"].get("kernels", "auto"), config["gpu"]["device"]
     if kernels not in ("auto", "triton", "torch"):
@@ -80,7 +65,7 @@ def _check_graph(config: Mapping[str, Any]) -> None:
         lacks = "a GPU" if device == "cpu" else "Triton (pip install triton)"
         raise Refusal(f"engine.kernels=triton needs {lacks}: use engine.kernels=torch")
     pages = config["engine"].get("pages")
-    if pages is not None and not _is_count(pages):
+    if pages is not None and not is_whole(pages):
         raise Refusal(f"engine.pages={pages} is no number of pages: give at least 1, or null")
 
 
@@ -97,11 +82,11 @@ def _check_serve(config: Mapping[str, Any]) -> None:
         raise Refusal(f"serve.host={serve['host']} lets everybody in the network ask: give serve.api_key as well")
     if serve["api_key"] is not None and (not serve["api_key"] or not isinstance(serve["api_key"], str)):
         raise Refusal("serve.api_key is empty or a number: give one with letters, or null for none")
-    if serve["context"] is not None and not _is_count(serve["context"]):
+    if serve["context"] is not None and not is_whole(serve["context"]):
         raise Refusal(f"serve.context={serve['context']} is no whole number from 1 on: give at least 1, or null")
-    if not _is_count(serve["queue"]):
+    if not is_whole(serve["queue"]):
         raise Refusal(f"serve.queue={serve['queue']} is no whole number from 1 on: give at least 1")
-    if not _is_count(serve["port"]) or serve["port"] > LAST_PORT:
+    if not is_whole(serve["port"]) or serve["port"] > LAST_PORT:
         raise Refusal(f"serve.port={serve['port']} is no port: give one from 1 to {LAST_PORT}")
     # A file that the user named says itself what it knows, to llama.cpp.
     longest = None if config["quant"].get("path") else source.shape(model).get("max_position_embeddings")

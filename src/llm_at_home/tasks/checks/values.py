@@ -1,7 +1,8 @@
-"""Values that training would stumble over late, or take for something else without a word."""
+"""Values that a run would stumble over late, or take for something else without a word."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,11 @@ OWN = {
 }
 
 
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number from ``least`` on; true and false are none."""
+    return type(value) is int and value >= least
+
+
 def check_switches(config: Mapping[str, Any]) -> None:
     """Refuse words for true and false that are neither here.
 
@@ -48,6 +54,22 @@ def check_switches(config: Mapping[str, Any]) -> None:
             raise Refusal(f"{key}={value} is text here, which would count as true: give true or false")
 
 
+def check_engine(engine: Mapping[str, Any]) -> None:
+    """Refuse numbers of the ``engine`` group that are none.
+
+    Raises:
+        Refusal: naming the key and what it takes.
+    """
+    for key in ("max_new_tokens", "batch_size", "warmup_tokens", "context"):
+        if key in engine and not is_whole(engine[key]):
+            raise Refusal(f"engine.{key}={engine[key]} is no whole number from 1 on: give at least 1")
+    if engine.get("threads") is not None and not is_whole(engine["threads"]):
+        raise Refusal(f"engine.threads={engine['threads']} is no whole number from 1 on: give at least 1, or null")
+    temperature = engine.get("temperature")
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature < math.inf):
+        raise Refusal(f"engine.temperature={temperature} is no temperature: give 0 (greedy) or more, or null")
+
+
 def check_values(config: Mapping[str, Any]) -> None:
     """Refuse numbers and switches of ``conf/train.yaml`` that are none.
 
@@ -56,7 +78,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     """
     given = dict(_values(config))
     for key, least in WHOLE.items():
-        if key in given and (type(given[key]) is not int or given[key] < least):
+        if key in given and not is_whole(given[key], least):
             raise Refusal(f"{key}={given[key]} is no whole number that can be: give at least {least}")
     for key in SWITCHES:
         if key in given and not isinstance(given[key], bool):
