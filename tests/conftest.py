@@ -120,3 +120,40 @@ def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subpro
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+TRITON = "3.9.0"
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[..., None]:
+    """Run a file of tests of Triton kernels with its interpreter: ``interpreted(__file__, beside, passing)``.
+
+    In a process of its own, since Triton decides when it is imported whether it interprets; and from a folder of its
+    own, kept from one run to the next, since with Triton in the environment every start would take seconds longer.
+    """
+    from filelock import FileLock
+
+    from llm_at_home.paths import cache_dir
+
+    folder = cache_dir() / "test_packages" / f"triton-{TRITON}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "triton").is_dir():
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+            subprocess.run([*pip, f"triton=={TRITON}"], check=True, capture_output=True)
+
+    def run(test: str, beside: str, passing: int) -> None:
+        file = Path(test).with_name(beside)
+        options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", str(file), *options],
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        assert f"{passing} passed" in done.stdout
+
+    return run

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,8 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         record.notes.append(f"resumed from {checkpoint}")
     try:
         # The checkpoint is this program's own and holds more than tensors (random states, loop positions).
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+        with _read_back(config, captured, record):
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
         _losses(record, module.history)
         _utilisation(record, flops, callbacks, adapter["trains"] != "nothing")
@@ -153,6 +156,16 @@ def _redrawn(memory: Mapping[str, Any], model: Any, ids: list[int]) -> str | Non
 
     recomputes = memory["checkpointing"] != "none" or memory["loss_tokens"]
     return "what is recomputed puts random states back" if recomputes and draws_numbers(model, ids) else None
+
+
+def _read_back(config: Mapping[str, Any], captured: bool, record: Record) -> AbstractContextManager[None]:
+    """Within passes that are graphs, nf4 weights are read back by this project's kernel, where there is Triton."""
+    if not captured or config["quant"]["method"] != "bitsandbytes" or importlib.util.find_spec("triton") is None:
+        return nullcontext()
+    from llm_at_home.quantization.nf4_kernel import in_place_of_bitsandbytes_own
+
+    record.kernel = {**(record.kernel or {}), "nf4_read_back": "triton"}
+    return in_place_of_bitsandbytes_own()
 
 
 def _held_out(config: Mapping[str, Any], model: Any) -> Reading:

@@ -40,6 +40,8 @@ class CompiledLayers:
         from torch._dynamo.utils import counters
         from transformers.modeling_layers import GradientCheckpointingLayer
 
+        from llm_at_home.training import thin_products
+
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
             raise Refusal(f"{type(model).__name__} has no decoder layers to compile: use trainer.compile=off")
@@ -49,8 +51,9 @@ class CompiledLayers:
         if processes > 1:
             # It would cut a layer's graph where gradients are sent; between layers they are sent anyway.
             torch._dynamo.config.optimize_ddp = False
+        backend = thin_products.backend(BACKEND)
         for layer in layers:
-            layer.compile(backend=BACKEND, dynamic=False)
+            layer.compile(backend=backend, dynamic=False)
         self._layers = layers
         self._counters = counters
         self._before = {name: Counter(counters[name]) for name in ("stats", "graph_break")}
