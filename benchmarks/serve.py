@@ -1,6 +1,6 @@
 """The endpoint under many streams at once: time to the first token, and between tokens.
 
-    python benchmarks/serve.py --out results/h100/serve --streams 32 -- engine=graph engine.batch_size=32 quant=gptq
+    python benchmarks/serve.py --out FOLDER --streams 32 -- engine=graph engine.batch_size=32 quant=gptq
     python benchmarks/serve.py --out FOLDER --streams 4 --tokens 16 -- engine=graph engine.batch_size=4
     python benchmarks/serve.py --out FOLDER --streams 32 -- quant=gguf quant.type=Q8_0 engine.batch_size=8
     python benchmarks/serve.py --shape FOLDER   # then: -- model=custom model.source=FOLDER model.weights=random ...

@@ -53,6 +53,7 @@ class Step:
         self.not_captured: str | None = None
         self._graphs: dict[tuple[bool, int], Any] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def _state(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=self.device)
@@ -103,7 +104,7 @@ class Step:
                 if not larger:
                     raise
                 self._graphs[kind] = self._graphs[min(larger)[::-1]]
-                self._pool = None  # it takes no further capture
+                self._pool = self._stream = None  # they take no further capture
             except RuntimeError as error:  # a layer that waits for the device, say
                 self.capture, self.not_captured = False, str(error).splitlines()[0]
         self._draw(running.items())
@@ -152,16 +153,17 @@ class Step:
         """The step as a graph. It is run before, for kernels to be compiled, and what that changed is put back."""
         kept = [tensor.clone() for tensor in (self.tokens, self.positions)]
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # one for all sizes: cuBLAS keeps a workspace for each
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 for _ in range(2):
                     self._advance(sampled, size)
                     self.positions.copy_(kept[1])
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph, _ = captured(lambda: self._advance(sampled, size), stream, self._pool)
+            graph, _ = captured(lambda: self._advance(sampled, size), self._stream, self._pool)
         finally:
             for tensor, value in zip((self.tokens, self.positions), kept, strict=True):
                 tensor.copy_(value)

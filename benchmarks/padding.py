@@ -1,0 +1,77 @@
+"""What padding costs in training, and what three ways to have less of it save.
+
+    python benchmarks/padding.py --out results/two_core_cpu/padding -- gpu=cpu
+    python benchmarks/padding.py --table results/two_core_cpu/padding
+
+A row is one run of ``train.py data=handbook``, in a process of its own: one pass over 160 conversations of 32 to 122
+tokens, eight in a batch, the first step not timed. ``padded`` and ``packed`` see the same batches in the same order, so
+that their losses are to be the same; batches by length hold others. Tokens a second leave padding out. What is there is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import rows as common
+
+from llm_at_home.records import store
+from llm_at_home.reporting import facts
+
+REFERENCE = "padded"
+ROWS = {
+    REFERENCE: [],
+    "by_length": ["data.group_by_length=true"],
+    "packed": ["data.packing=true"],
+    "by_length_packed": ["data.group_by_length=true", "data.packing=true"],
+    "micro_batches_of_1": ["data.batch_size=1", "callbacks.accumulation.steps=8"],
+}
+PROTOCOL = ["train.py", "data=handbook", "data.batch_size=8", "callbacks.accumulation.steps=1", "limit=160"]
+PROTOCOL += ["trainer.max_steps=20", "optimizer.lr=1e-3", "callbacks.power.idle_seconds=0", "logger=none"]
+HEADLINE = ("tokens_per_second", "resident_set_peak", "loss_last")
+
+
+def table(folder: Path) -> str:
+    """The records below a folder as a Markdown table; speeds beside the reference's where it ran on that machine."""
+    there = {name: store.load(folder / name) for name in ROWS if common.status(folder / name) is not None}
+    reference = there.get(REFERENCE)
+    lines = [["batches", "tokens/s", f"of {REFERENCE}'s", "steps/s", "resident set, peak (GB)", "loss, last step"]]
+    for name, record in there.items():
+        ratio = common.DASH
+        beside = reference is not None and facts.machine(reference) == facts.machine(record)
+        if reference is not None and beside and all(common.has(one, HEADLINE[0]) for one in (reference, record)):
+            theirs, mine = (one.readings[HEADLINE[0]].value or 0.0 for one in (reference, record))
+            ratio = f"{mine / theirs:.2f}"
+        lines.append(
+            [
+                name.replace("_", " ") if record.status == "ok" else f"{name} ({record.status})",
+                common.text(record.readings.get("tokens_per_second"), 1),
+                ratio,
+                common.text(record.readings.get("steps_per_second"), 2),
+                common.text(record.readings.get("resident_set_peak"), 2),
+                common.text(record.quality.get("loss_last"), 4),
+            ]
+        )
+    return common.markdown(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return 0
+    commands = [(name, [*PROTOCOL, *ROWS[name], *args.overrides]) for name in args.rows]
+    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
