@@ -64,7 +64,7 @@ def arrange(module: GraphModule) -> dict[str, int]:
 def _stack(module: GraphModule) -> int:
     groups: defaultdict[Hashable, list[Node]] = defaultdict(list)
     changed, regions = _changed(module), _regions(module)
-    grouped = set()
+    grouped: set[Node] = set()
     for node in module.graph.nodes:
         weight = _trained_weight(node)
         if weight is None:
