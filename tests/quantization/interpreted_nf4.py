@@ -26,3 +26,4 @@ def test_codes_times_scales(block_size: int, rows: int, dtype: torch.dtype) -> N
         assert torch.equal(found, dequantize_4bit(packed, state))
     for refused in (found[:, :-1], found.float(), torch.empty(2 * rows, 512, dtype=dtype)):
         assert not nf4_kernel.takes(packed, state.absmax, block_size, refused)
+    assert not nf4_kernel.takes(packed.view(torch.int8), state.absmax, block_size, found)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -121,9 +122,62 @@ def test_products_under_another_autocast_stay_apart(counted):
     assert counted[0]["stacked"] == 0
 
 
+def changed_after(x, a, b):
+    first = linear(x, a)
+    first += 1
+    first[:, :2].mul_(3)
+    return torch.cat([first, linear(x, b)], -1)
+
+
+def of_computed_weights(x, a, b):
+    first = linear(x, a)
+    twice = b * 2
+    return torch.cat([first, linear(x, twice.sin() * twice)], -1)
+
+
+def of_recomputed_weights(x, a, b):
+    return linear(x, checkpoint(torch.sin, a, use_reentrant=False)) + linear(x, b)
+
+
+def of_what_the_other_gives(x, a, b):
+    first = linear(x, a)
+    return torch.cat([first, linear(x, b + first.mean())], -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "stacked"),
+    [(changed_after, 2), (of_computed_weights, 2), (of_recomputed_weights, 0), (of_what_the_other_gives, 0)],
+)
+def test_what_is_made_of_products_and_what_weights_are_made_of(counted, function, stacked):
+    wanted, found = both(function, drawn(5, 96), drawn(8, 96), drawn(9, 96)[:8].detach().requires_grad_())
+    for pair in zip(found, wanted, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+    assert counted[0]["stacked"] == stacked
+
+
+def test_weights_that_are_stacked_products_are_not_stacked_again(counted):
+    shapes = [(5, 96), (8, 960), (960, 96), (960, 96)]
+    given = [drawn(*shape).double().detach().requires_grad_() for shape in shapes]
+    wanted, found = both(lambda x, whole, a, b: linear(x, whole @ a) + linear(x, whole @ b).square(), *given)
+    for pair in zip(found, wanted, strict=True):
+        torch.testing.assert_close(*pair)
+    assert counted[0]["stacked"] == 2
+
+
 def test_frozen_weights_stay_apart(counted):
     both(lambda x, a, b: linear(x, a) + linear(x, b), drawn(5, 96), *(drawn(8, 96, trained=False) for _ in range(2)))
     assert counted[0] == {"stacked": 0, "scaled": 0}
+
+
+def into_a_sum(u, product):
+    total = u[:, :1] * u.new_ones(96)
+    total += product
+    return total
+
+
+def under_autocast(u, b):
+    with torch.autocast("cpu", torch.bfloat16):
+        return linear(u, b)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +190,11 @@ def test_frozen_weights_stay_apart(counted):
         (lambda u, b, s: 3 / linear(u, b).square().add(1), 0),
         (lambda u, b, s: (y := linear(u, b)) * 3 + y, 0),  # used twice
         (lambda u, b, s: linear(u.float(), b.float()) * s.detach().double(), 0),  # which widens the sum
+        (lambda u, b, s: linear(u.float(), b.float()) * s.detach().double() * 3, 0),
+        (lambda u, b, s: into_a_sum(u.float(), linear(u.float(), b.float()) * s.detach().double()), 0),
+        (lambda u, b, s: into_a_sum(u, linear(u, b) * s.detach()), 1),
+        (lambda u, b, s: linear(u, b) * s.detach()[None, None], 0),  # which has more dimensions
+        (lambda u, b, s: under_autocast(u.float(), b.float()) * 3, 0),
     ],
 )
 def test_a_product_s_scale_goes_to_its_weights_where_nothing_else_sees_it(counted, function, scaled):

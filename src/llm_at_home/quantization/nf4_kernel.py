@@ -39,7 +39,7 @@ def takes(packed: torch.Tensor, scales: torch.Tensor, block_size: int, out: torc
     """Whether the kernel reads such weights: whole blocks, into 16 bits."""
     whole = out.numel() == scales.numel() * block_size == 2 * packed.numel()
     lies_well = packed.is_contiguous() and out.is_contiguous() and out.data_ptr() % 4 == 0
-    return whole and lies_well and out.dtype in DTYPES and scales.dtype == torch.float32
+    return whole and lies_well and packed.dtype == torch.uint8 and scales.dtype == torch.float32 and out.dtype in DTYPES
 
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, block_size: int, out: torch.Tensor) -> None:

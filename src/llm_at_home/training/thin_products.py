@@ -63,22 +63,23 @@ def arrange(module: GraphModule) -> dict[str, int]:
 
 def _stack(module: GraphModule) -> int:
     groups: defaultdict[Hashable, list[Node]] = defaultdict(list)
-    changed = _changed(module)
-    region = 0  # products under another autocast are others
+    changed, regions = _changed(module), _regions(module)
+    grouped: set[Node] = set()
     for node in module.graph.nodes:
-        if getattr(node.target, "__name__", "").endswith(("_autocast", "_grad_enabled")):
-            region += 1
-        weight = _trained_weight(module, node)
+        weight = _trained_weight(node)
         if weight is None:
             continue
         outputs = weight.shape[PRODUCTS[node.target]]
         made_of = list(_ancestors(node.args[1]))
-        if outputs > MOST or outputs * TIMES > weight.numel() // outputs or not changed.isdisjoint(made_of):
+        if outputs > MOST or outputs * TIMES > weight.numel() // outputs:
+            continue
+        if not changed.isdisjoint(made_of) or not grouped.isdisjoint(made_of):
             continue
         *repeated, root = _repeated(node.args[0])
         if changed.isdisjoint([*repeated, root]):
             how = tuple((again.target, again.args[1:], tuple(again.kwargs.items())) for again in repeated)
-            groups[(region, node.target, weight.dtype, root, how)].append(node)
+            groups[(regions[node], node.target, weight.dtype, root, how)].append(node)
+            grouped.add(node)
     several = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in several:
         _join(module, nodes)
@@ -88,39 +89,41 @@ def _stack(module: GraphModule) -> int:
 def _join(module: GraphModule, nodes: list[Node]) -> None:
     first, graph = nodes[0], module.graph
     across = PRODUCTS[first.target]
-    sizes = [_value(module, node.args[1]).shape[across] for node in nodes]
+    sizes = [_value(node.args[1]).shape[across] for node in nodes]
+    # What weights are computed from comes before the first product; of some the computing may come after it.
+    for node in nodes:
+        for one in sorted(_ancestors(node.args[1])):
+            if one > first:
+                first.prepend(one)
     with graph.inserting_before(first):
-        # What weights are computed from comes first in the graph; of some the computing may come after.
-        copies: dict[Node, Node] = {}
-        for node in nodes:
-            for one in reversed(list(_ancestors(node.args[1]))):
-                if one.op.startswith("call_") and one not in copies:
-                    copies[one] = graph.node_copy(one, lambda other: copies.get(other, other))
-        weights: list[Any] = [copies.get(one, one) for one in (node.args[1] for node in nodes)]  # type: ignore[arg-type]
+        weights = [node.args[1] for node in nodes]
         function: Any = first.target
         product = graph.call_function(function, (first.args[0], graph.call_function(torch.cat, (weights, across))))
-        parts = graph.call_function(torch.split, (product, sizes), {"dim": -1})
+        # Unlike those of torch.split, these may be changed in place.
+        parts = graph.call_function(torch.unsafe_split_with_sizes, (product, sizes), {"dim": -1})
         for place, node in enumerate(nodes):
             node.replace_all_uses_with(graph.call_function(operator.getitem, (parts, place)))
-    _erase(module, [*nodes, *copies])
+    _erase(module, nodes)
 
 
 def _scale_weights(module: GraphModule) -> int:
     scaled = 0
-    changed = _changed(module)
+    changed, regions = _changed(module), _regions(module)
     for node in list(module.graph.nodes):
-        weight = _trained_weight(module, node)
+        weight = _trained_weight(node)
         if weight is None or node in changed:
             continue
         inputs = weight.shape[1 - PRODUCTS[node.target]]
         if inputs > MOST or inputs * TIMES > weight.numel() // inputs:
             continue
-        product, scales = node, list[Any]()
-        while (user := _scale_of(module, product)) is not None:
+        scales = list[Any]()
+        while (user := _scale_of([node, *scales][-1], weight)) is not None and regions[user] == regions[node]:
             scales.append(user)
-            product = user
+        while scales and not _is_as_wide(scales[-1], node):
+            scales.pop()
         if not scales:
             continue
+        product = scales[-1]
         with module.graph.inserting_before(product):
             weights = node.args[1]
             for scale in scales:
@@ -132,24 +135,26 @@ def _scale_weights(module: GraphModule) -> int:
     return scaled
 
 
-def _scale_of(module: GraphModule, product: Node) -> Node | None:
-    """What alone uses a product, if it multiplies or divides it by one number and leaves the sum it goes into as is."""
+def _scale_of(product: Node, weight: torch.Tensor) -> Node | None:
+    """What alone uses a product, if it multiplies or divides it by one number, which does not widen its weights."""
     if len(product.users) != 1:
         return None
     (user,) = product.users
     if user.op != "call_function" or user.target not in SCALES or user.args[0] is not product:
         return None
     factor = user.args[1]
-    if isinstance(factor, torch.fx.Node):
-        value = _value(module, factor)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.requires_grad:
-            return None
-    elif not isinstance(factor, (int, float)):
+    if not isinstance(factor, torch.fx.Node):
+        return user if isinstance(factor, (int, float)) else None
+    value = _value(factor)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.dim() > 1 or value.requires_grad:
         return None
-    kept = _value(module, user).dtype == _value(module, product).dtype
-    added = all(one.target is operator.iadd and one.args[1] is user for one in user.users)
-    scaled_on = len(user.users) == 1 and _scale_of(module, user) is not None
-    return user if kept or added or scaled_on else None
+    return user if torch.result_type(weight, value) == weight.dtype else None
+
+
+def _is_as_wide(scaled: Node, product: Node) -> bool:
+    """Whether a scale leaves the product's dtype, or at least that of the sum it goes into, as it is."""
+    kept = _value(scaled).dtype == _value(product).dtype
+    return kept or all(one.target is operator.iadd and one.args[1] is scaled for one in scaled.users)
 
 
 def _erase(module: GraphModule, nodes: Iterable[Node]) -> None:
@@ -160,23 +165,23 @@ def _erase(module: GraphModule, nodes: Iterable[Node]) -> None:
             module.graph.erase_node(node)
 
 
-def _trained_weight(module: GraphModule, node: Node) -> Any:
+def _trained_weight(node: Node) -> Any:
     """The matrix that a product without a bias multiplies with, if it is trained, or made of what is."""
     if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
         return None
     if len(node.args) == 3 and node.args[2] is not None:
         return None
-    weight = _value(module, node.args[1])
+    weight = _value(node.args[1])
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.requires_grad:
         return None
-    leaves = [_value(module, one) for one in _ancestors(node.args[1]) if not one.op.startswith("call_")]
+    leaves = [_value(one) for one in _ancestors(node.args[1]) if not one.op.startswith("call_")]
     # Activations have more dimensions than weights have.
     return weight if all(isinstance(leaf, torch.Tensor) and leaf.dim() <= 2 for leaf in leaves) else None
 
 
-def _value(module: GraphModule, node: Any) -> Any:
+def _value(node: Any) -> Any:
     """What the tracing saw there."""
-    return module.get_parameter(node.target) if node.op == "get_attr" else node.meta.get("example_value")
+    return node.meta.get("example_value")
 
 
 def _ancestors(node: Any) -> Iterator[Any]:
@@ -196,6 +201,15 @@ def _repeated(node: Any) -> Iterator[Any]:
         yield node
         node = node.args[0]
     yield node
+
+
+def _regions(module: GraphModule) -> dict[Any, int]:
+    """A number for each node, another one under another autocast, where products are others."""
+    numbers, region = {}, 0
+    for node in module.graph.nodes:
+        region += getattr(node.target, "__name__", "").endswith(("_autocast", "_grad_enabled"))
+        numbers[node] = region
+    return numbers
 
 
 def _changed(module: GraphModule) -> set[Any]:
