@@ -23,9 +23,7 @@ def check(config: Mapping[str, Any]) -> None:
     options = config["quant"]["config"]
     own = 4 if options.get("load_in_4bit") else 8
     if bits != own:
-        raise Refusal(
-            f"quant.bits={bits} changes nothing of quant={quant}, which has {own}: leave it out, or use rtn"
-        )
+        raise Refusal(f"quant.bits={bits} changes nothing of quant={quant}, which has {own}: leave it out, or use rtn")
     kind, threshold = options.get("bnb_4bit_quant_type", TYPES[0]), options.get("llm_int8_threshold", 0.0)
     if kind not in TYPES:
         raise Refusal(f"quant.config.bnb_4bit_quant_type={kind} is unknown: choose one of {', '.join(TYPES)}")
