@@ -242,7 +242,7 @@ def test_a_choice_is_composed_as_hydra_does():
         (["gpu=rtx9999"], "Could not find 'gpu/rtx9999' Available options.*gpu=rtx3060 gpu.memory=6.2"),
         (["prune=wanda", "prune.kernel=semi_structured"], "prune.kernel=dense"),
         (["prune=wanda", "task=chat"], "leave out prune="),
-        (["engine=null"], "string or a list"),
+        (["engine=null"], "choose one of conf/engine"),
         (["adapter.r=null"], "adapter.r=None"),
         (["memory.checkpointing=0"], "none, full"),
         (["model.architecture.hidden_size=abc"], "hidden_size=abc"),

@@ -111,12 +111,21 @@ def test_gpt_4_is_asked_only_when_it_is_named(progress):
         (["nothing"], "key=value"),
         (["nokey=1"], "no run has such a key"),
         (["full=perhaps"], "neither true nor false"),
+        (["judge=gpt5"], "choose auto, gpt4, local, server"),
+        (["minutes=-3"], "leaves no time to start a run"),
+        (["chat_source=5"], "is no folder's name"),
         (["model=llama9"], "Could not find 'model/llama9'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(progress, words, said):
     with pytest.raises(Refusal, match=said):
         progress(*words)
+
+
+def test_runs_are_not_kept_below_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([f"out={tmp_path}/file"]) == 2
+    assert "is a file: name another" in capsys.readouterr().err
 
 
 def test_a_refusal_of_the_command_is_one_line_and_exit_code_2(capsys):

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from llm_at_home.errors import Refusal
+from llm_at_home.planning import composing
 from llm_at_home.tasks import resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -54,6 +55,19 @@ def checked(task, words, **gpu):
         (["adapter=adalora", "~callbacks.rank_allocation"], "leave it in"),
         (["adapter=adalora", "adapter.target_r=96"], "leaves no rank to lower"),
         (["adapter=adalora", "adapter.deltaT=0"], "deltaT=0"),
+        (["adapter.r=0"], "adapter.r=0 is no rank"),
+        (["adapter=dora", "adapter.r=2.5"], "adapter.r=2.5 is no rank"),
+        (["adapter=prompt", "adapter.num_virtual_tokens=0"], "num_virtual_tokens=0"),
+        (["adapter=bottleneck", "adapter.bottleneck_size=1.5"], "bottleneck_size=1.5"),
+        (["adapter.lora_alpha=0"], "with which nothing is learned"),
+        (["adapter.lora_dropout=1"], "give 0 or more, and less than 1"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1 is no number above 0"),
+        (["optimizer.lr=1e-4x"], "optimizer.lr=1e-4x"),
+        (["optimizer.weight_decay=-1"], "give 0 or more"),
+        (["scheduler=cosine_restarts", "scheduler.T_0=0"], "T_0=0"),
+        (["data.path=mine.jsonl"], "is not read with data=handbook: add data=jsonl"),
+        (["data=guanaco", "data.test_path=mine.jsonl"], "is not read with data=guanaco: add data=jsonl"),
+        (["model=custom"], "model.source has no value: give model.source="),
         (["adapter=oft", "adapter.oft_block_size=30"], "does not divide layers of 576 inputs: give a divisor of 192"),
     ],
     ids=str,
@@ -70,6 +84,7 @@ def test_what_training_would_stumble_over_is_refused(words, why):
         ["scheduler=wsd"],
         ["~scheduler", "~callbacks"],
         ["trainer.max_epochs=2"],
+        ["adapter.r=1", "adapter.lora_alpha=0.5", "adapter.lora_dropout=0", "optimizer.lr=1"],
         ["~callbacks.clipping", "~callbacks.checkpoints", "~callbacks.divergence"],
         ["adapter=oft", "adapter.target_modules=[q_proj]", "adapter.oft_block_size=36"],
     ],
@@ -108,3 +123,66 @@ def test_a_word_is_no_switch_for_any_command(task, words):
 def test_what_answering_would_stumble_over_is_refused(task, words, why):
     with pytest.raises(Refusal, match=f"{why} .*give"):
         checked(task, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["quant.bits=3"], "changes nothing of quant=none"),
+        (["quant=nf4", "quant.bits=8"], "changes nothing of quant=nf4, which has 4"),
+        (["quant=int8", "quant.bits=4"], "changes nothing of quant=int8, which has 8"),
+        (["quant=gguf", "quant.bits=4"], "choose with quant.type="),
+        (["quant=int8_torchao", "quant.bits=4"], "not to be had with quant=int8_torchao: use"),
+        (["quant=int4_torchao", "quant.bits=8"], "not to be had with quant=int4_torchao: use"),
+        (["quant=nf4", "quant.config.bnb_4bit_quant_type=nf5"], "choose one of nf4, fp4"),
+        (["quant=int8", "quant.config.llm_int8_threshold=-1"], "is no threshold"),
+        (["questions.ids=81"], r"give questions\.ids=\[81\]"),
+        (["questions.path=no_such_file.jsonl"], "does not exist"),
+    ],
+    ids=str,
+)
+def test_what_would_change_nothing_of_an_inference_or_end_it_late_is_refused(words, why):
+    with pytest.raises(Refusal, match=why):
+        checked("infer", words)
+    checked("infer", ["quant=int8", "quant.config.llm_int8_threshold=5"])
+
+
+def test_a_file_of_questions_is_read_before_anything_loads(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("")
+    with pytest.raises(Refusal, match="holds no question"):
+        checked("infer", [f"questions.path={file}"])
+    file.write_bytes(b'{"question_id": 1, "category": "stem", "turns": ["One?", "Two?"]}\r\n{"question_id": 2}\r\n')
+    with pytest.raises(Refusal, match="line 2: category is no string"):
+        checked("infer", [f"questions.path={file}"])
+    checked("infer", [f"questions.path={file}", "mode=chat"])
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("questions.path=/tmp/übung.jsonl", """'questions.path="/tmp/übung.jsonl"'"""),
+        ("+questions.path=/tmp/a(1).jsonl", "quote the value"),
+        ("quant==nf4", "give one ="),
+        ("adapters={cook: /tmp/ü}", "quote each text in it"),
+        ("questions=null", "choose one of conf/questions"),
+        ("hydra/launcher=null", "choose one of conf/hydra/launcher"),
+    ],
+)
+def test_words_that_hydra_cannot_read_are_refused_with_what_to_write(word, why):
+    with pytest.raises(Refusal) as refused:
+        composing.check_words([word])
+    assert why in str(refused.value)
+
+
+def test_the_quotes_that_are_named_can_be_read():
+    composing.check_words(["-m", "--cfg", "job", 'questions.path="/tmp/übung.jsonl"', "quant=none,nf4", "seed=null"])
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for key in composing.PLACES:
+        with pytest.raises(Refusal, match="is a file: name another"):
+            composing.check_words([f"{key}={file}/run"])
+        composing.check_words([f"{key}={tmp_path}/new/run"])

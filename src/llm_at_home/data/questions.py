@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,19 @@ def question_files(source: str, *, path: str | Path | None = None, references: s
 def questions_hash(source: str, *, path: str | Path | None = None, references: str = "gpt-4") -> str:
     """The SHA-256 (hex) over the bytes of a question set's files; no heavy import."""
     return sha256_of(read_bytes(file) for file in question_files(source, path=path, references=references))
+
+
+def questions_of(options: Mapping[str, Any], limit: int | None = None) -> list[Question]:
+    """The questions that the group ``questions`` of a configuration names.
+
+    Raises:
+        Refusal: as :func:`load_questions`, and for ids that are no list.
+    """
+    ids = options["ids"]
+    if ids is not None and (isinstance(ids, str) or not isinstance(ids, Sequence)):
+        raise Refusal(f"questions.ids={ids} is no list: give questions.ids=[{ids}]")
+    references = options["references"] or "gpt-4"
+    return load_questions(options["source"], path=options["path"], ids=ids, limit=limit, references=references)
 
 
 def load_questions(

@@ -10,15 +10,27 @@ from llm_at_home.errors import Refusal
 from llm_at_home.hardware.device import check_kernel
 from llm_at_home.models.loading import load_config, load_weights
 
+TYPES = ("nf4", "fp4")
+
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuse what cannot work.
 
     Raises:
-        Refusal: for full fine-tuning, whose gradients integers cannot take.
+        Refusal: for bits that are not the method's, and full fine-tuning, whose gradients integers cannot take.
     """
-    quant = config["quant"]["name"]
-    if config["quant"]["bits"] == 8:
+    quant, bits = config["quant"]["name"], config["quant"]["bits"]
+    options = config["quant"]["config"]
+    own = 4 if options.get("load_in_4bit") else 8
+    if bits != own:
+        raise Refusal(f"quant.bits={bits} changes nothing of quant={quant}, which has {own}: leave it out, or use rtn")
+    kind, threshold = options.get("bnb_4bit_quant_type", TYPES[0]), options.get("llm_int8_threshold", 0.0)
+    if kind not in TYPES:
+        raise Refusal(f"quant.config.bnb_4bit_quant_type={kind} is unknown: choose one of {', '.join(TYPES)}")
+    if not (type(threshold) in (int, float) and threshold >= 0):
+        hint = "give 0 (no column is kept in 16 bits) or more"
+        raise Refusal(f"quant.config.llm_int8_threshold={threshold} is no threshold: {hint}")
+    if bits == 8:
         check_kernel(config["gpu"], (7, 5), "LLM.int8()")
     if config.get("adapter", {}).get("trains") == "all":
         hint = "use adapter=lora or quant=none"
@@ -39,6 +51,8 @@ def load(config: Mapping[str, Any]) -> Any:
     options = dict(config["quant"]["config"])
     if options.get("load_in_4bit"):
         options["bnb_4bit_compute_dtype"] = getattr(torch, config["dtype"])
+    if "llm_int8_threshold" in options:
+        options["llm_int8_threshold"] = float(options["llm_int8_threshold"])  # which transformers insists on
     quantization = instantiate(options)
     if config["model"]["weights"] == "random":
         model = _random(config, quantization)

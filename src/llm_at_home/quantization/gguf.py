@@ -60,6 +60,8 @@ def check(config: Mapping[str, Any]) -> None:
         Refusal: with one line that says what to change.
     """
     quant, model = config["quant"], config["model"]
+    if quant.get("bits") is not None:
+        raise Refusal(f"quant.bits={quant['bits']} changes nothing of quant=gguf: choose with quant.type=")
     if "adapter" in config:
         raise Refusal("llama.cpp's files cannot be trained on: use quant=nf4, or quant=none")
     if config.get("adapter_path"):

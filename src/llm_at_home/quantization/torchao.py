@@ -23,12 +23,13 @@ def check(config: Mapping[str, Any]) -> None:
         Refusal: with one line that says what to change.
     """
     quant = config["quant"]
-    if quant["bits"] == 8:
+    if quant["bits"] == 8 and "activation" in quant:
         _check_int8(config)
-    elif quant["bits"] == 4:
+    elif quant["bits"] == 4 and "group_size" in quant:
         _check_int4(config)
     else:
-        raise Refusal(f"quant.bits={quant['bits']} is not torchao's: use quant=int8_torchao or quant=int4_torchao")
+        hint = "use quant=int8_torchao or quant=int4_torchao"
+        raise Refusal(f"quant.bits={quant['bits']} is not to be had with quant={quant['name']}: {hint}")
     if config.get("adapter", {}).get("trains") == "all":
         hint = "use adapter=lora or quant=none"
         raise Refusal(f"quant={quant['name']} adapter=full cannot train, since integers take no gradients: {hint}")

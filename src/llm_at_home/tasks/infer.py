@@ -125,19 +125,13 @@ def load_engine(config: Mapping[str, Any]) -> Any:
 
 
 def _turns(config: Mapping[str, Any], engine: Any, run_id: str) -> QuestionTurns | RandomTurns:
-    from llm_at_home.data.questions import load_questions
+    from llm_at_home.data.questions import questions_of
 
     options = config["questions"]
     if options["source"] == SYNTHETIC:
         count = config["limit"] or options["count"]
         return RandomTurns(count, options["prompt_tokens"], engine.vocabulary, config["seed"], engine.batch_size)
-    questions = load_questions(
-        options["source"],
-        path=options["path"],
-        ids=options["ids"],
-        limit=config["limit"],
-        references=options["references"] or "gpt-4",
-    )
+    questions = questions_of(options, config["limit"])
     words = [config["model"]["name"], config["quant"]["name"], *prune_words(config["prune"])]
     if config["adapter_path"]:
         words.append(Path(config["adapter_path"]).name)

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from llm_at_home.errors import Refusal, full_traceback
+from llm_at_home.planning import composing
 from llm_at_home.pruning import base as pruning
 from llm_at_home.quantization import base
 from llm_at_home.records import hashing, provenance, store, tracking
@@ -59,6 +60,7 @@ def run(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point and exit: 0 done, 1 a job failed, 2 refused."""
     try:
         plugins.check(sys.argv[1:])
+        composing.check_words(sys.argv[1:])
         main()
     except Refusal as refusal:
         if full_traceback():

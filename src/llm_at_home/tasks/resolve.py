@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llm_at_home.adapters import saved
 from llm_at_home.adapters.attach import adapter_folder
@@ -55,6 +55,8 @@ def resolve(task: str, composed: DictConfig, overrides: Sequence[str] = ()) -> d
     try:
         container: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         config: dict[str, Any] = container
+    except MissingMandatoryValue as error:
+        raise Refusal(f"{error.full_key} has no value: give {error.full_key}=") from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise Refusal(f"{key}{str(error).splitlines()[0]}") from error

@@ -24,6 +24,14 @@ def _check_times(config: Mapping[str, Any]) -> None:
         raise Refusal(f"grace_s={grace} is no time to leave a job: give seconds, 0 for none")
 
 
+def _check_data(config: Mapping[str, Any]) -> None:
+    """Refuse a file that another source than ``jsonl`` would leave unread."""
+    data = config.get("data")
+    for key in ("path", "test_path"):
+        if data and data["source"] != "jsonl" and data.get(key):
+            raise Refusal(f"data.{key}={data[key]} is not read with data={data['name']}: add data=jsonl")
+
+
 def check(task: str, config: Mapping[str, Any]) -> None:
     """Refuse, before anything loads, what cannot work.
 
@@ -37,6 +45,7 @@ def check(task: str, config: Mapping[str, Any]) -> None:
         raise Refusal(f"seed={seed} is no seed: give a whole number from 0 to {SEEDS - 1}")
     _check_times(config)
     check_switches(config)
+    _check_data(config)
     if config.get("adapter_path"):
         adapter_folder(config["adapter_path"])
     if "model" in config:

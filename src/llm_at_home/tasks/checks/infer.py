@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_at_home.adapters.attach import adapter_folder
+from llm_at_home.data.questions import questions_of
+from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.errors import Refusal
 from llm_at_home.models import source
 from llm_at_home.tasks.checks.synthetic import check_synthetic
@@ -19,7 +21,7 @@ LAST_PORT = 65535
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse inference that cannot work."""
+    """Refuse inference that cannot work, and questions that nobody can read."""
     if config["engine"]["name"] == "llamacpp" and config["quant"]["method"] != "gguf":
         hint = "use quant=gguf (quant.type=F16 or F32 is unquantized), or engine=eager"
         raise Refusal(f"engine=llamacpp runs .gguf files, and quant={config['quant']['name']} is none: {hint}")
@@ -43,6 +45,8 @@ def check(config: Mapping[str, Any]) -> None:
     if config["mode"] == "serve":
         _check_serve(config)
     check_synthetic(config, "questions")
+    if config["mode"] == "bench" and config["questions"]["source"] != SYNTHETIC:
+        questions_of(config["questions"], config["limit"])
 
 
 def _check_names(config: Mapping[str, Any]) -> None:

@@ -18,7 +18,19 @@ WHOLE = {
     "callbacks.checkpoints.keep": 1,
     "callbacks.divergence.window": 1,
     "callbacks.throughput.warmup_steps": 0,
+    "adapter.init_r": 1,
+    "adapter.target_r": 1,
+    "adapter.num_virtual_tokens": 1,
+    "adapter.encoder_hidden_size": 1,
+    "adapter.bottleneck_size": 1,
+    "scheduler.T_0": 1,
+    "scheduler.T_mult": 1,
+    "scheduler.num_warmup_steps": 0,
+    "scheduler.num_decay_steps": 0,
 }
+# Numbers above zero, at which nothing would be learned and below which the wrong way round.
+POSITIVE = ("optimizer.lr", "adapter.lora_alpha", "adapter.alpha")
+SHARES = ("adapter.lora_dropout", "adapter.vera_dropout", "adapter.rank_dropout", "adapter.module_dropout")
 SWITCHES = ("data.packing", "data.group_by_length", "memory.offload")
 # YAML's further words for true and false are plain text to Hydra, and any text is true.
 NO_SWITCHES = ("yes", "no", "on", "off")
@@ -80,6 +92,19 @@ def check_values(config: Mapping[str, Any]) -> None:
     for key, least in WHOLE.items():
         if key in given and not is_whole(given[key], least):
             raise Refusal(f"{key}={given[key]} is no whole number that can be: give at least {least}")
+    # OFT's is 0 where the size of its blocks is given.
+    is_oft = str(given.get("adapter._target_")).endswith("OFTConfig")
+    if "adapter.r" in given and not is_oft and not is_whole(given["adapter.r"]):
+        raise Refusal(f"adapter.r={given['adapter.r']} is no rank: give a whole number of at least 1")
+    for key in POSITIVE:
+        if key in given and not (type(given[key]) in (int, float) and 0 < given[key] < math.inf):
+            raise Refusal(f"{key}={given[key]} is no number above 0, with which nothing is learned: give one")
+    for key in SHARES:
+        if key in given and not (type(given[key]) in (int, float) and 0 <= given[key] < 1):
+            raise Refusal(f"{key}={given[key]} is no share to drop: give 0 or more, and less than 1")
+    decay = given.get("optimizer.weight_decay", 0)
+    if not (type(decay) in (int, float) and 0 <= decay < math.inf):
+        raise Refusal(f"optimizer.weight_decay={decay} is no weight decay: give 0 or more")
     for key in SWITCHES:
         if key in given and not isinstance(given[key], bool):
             raise Refusal(f"{key}={given[key]} is no switch: give true or false")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -102,8 +103,17 @@ def _checked(options: Options) -> Options:
             raise Refusal(f"rows: {name} is unknown: choose among {', '.join(rows)}")
     if options.protocol not in ("auto", *options.protocols):
         raise Refusal(f"protocol={options.protocol} is unknown: choose auto, {', '.join(options.protocols)}")
-    if options.minutes is not None and not isinstance(options.minutes, (int, float)):
-        raise Refusal(f"minutes={options.minutes} is no number")
+    minutes = options.minutes
+    if minutes is not None and not (type(minutes) in (int, float) and minutes > 0):
+        raise Refusal(f"minutes={minutes} leaves no time to start a run: give a number above 0, or null")
+    judges = sorted(file.stem for file in (CONF / "judge").glob("*.yaml"))
+    if options.judge not in ("auto", *judges):
+        raise Refusal(f"judge={options.judge} is unknown: choose auto, {', '.join(judges)}")
+    for key in ("chat_source", "base_source", "out", "study"):
+        if options.values[key] is not None and not isinstance(options.values[key], str):
+            raise Refusal(f"{key}={options.values[key]} is no folder's name: give one")
+    if options.out is not None:
+        composing.check_place(f"out={options.out}", Path(options.out))
     return options
 
 
