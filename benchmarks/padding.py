@@ -3,15 +3,16 @@
     python benchmarks/padding.py --out results/two_core_cpu/padding -- gpu=cpu
     python benchmarks/padding.py --table results/two_core_cpu/padding
 
-A row is one run of ``train.py data=handbook``, in a process of its own: one pass over 160 conversations of 32 to 122
-tokens, eight in a batch, the first step not timed. ``padded`` and ``packed`` see the same batches in the same order, so
-that their losses are to be the same; batches by length hold others. Tokens a second leave padding out. What is there is
-not run again.
+A row is one run of ``train.py`` in a process of its own: one pass over 96 conversations of the handbook, every other
+one a dialogue and so about twice as long, eight in a batch, the first step not timed. ``padded``, ``packed`` and micro-
+batches of one make their steps of the same conversations in the same order, so that their losses are to be the same;
+batches by length hold others. Tokens a second leave padding out. What is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -28,9 +29,24 @@ ROWS = {
     "by_length_packed": ["data.group_by_length=true", "data.packing=true"],
     "micro_batches_of_1": ["data.batch_size=1", "callbacks.accumulation.steps=8"],
 }
-PROTOCOL = ["train.py", "data=handbook", "data.batch_size=8", "callbacks.accumulation.steps=1", "limit=160"]
-PROTOCOL += ["trainer.max_steps=20", "optimizer.lr=1e-3", "callbacks.power.idle_seconds=0", "logger=none"]
+CONVERSATIONS = Path("multirun", "padding", "conversations.jsonl")  # from the repository's root
+KINDS = 48  # conversations of each
+PROTOCOL = ["train.py", "data=jsonl", f"data.path={CONVERSATIONS}", f"data.test_path={CONVERSATIONS}"]
+PROTOCOL += ["data.batch_size=8", "callbacks.accumulation.steps=1", "trainer.max_steps=12", "optimizer.lr=1e-3"]
+PROTOCOL += ["callbacks.power.idle_seconds=0", "logger=none"]
 HEADLINE = ("tokens_per_second", "resident_set_peak", "loss_last")
+
+
+def write_conversations() -> None:
+    """Half of them dialogues, of two questions and answers, and half single questions."""
+    handbook = common.ROOT / "src/llm_at_home/data/handbook/train.jsonl"
+    lines = [line for line in handbook.read_text(encoding="utf-8").splitlines() if line]
+    dialogues = [line for line in lines if json.loads(line)["kind"] == "dialogue"][:KINDS]
+    questions = [line for line in lines if json.loads(line)["kind"] == "fact"][:KINDS]
+    file = common.ROOT / CONVERSATIONS
+    file.parent.mkdir(parents=True, exist_ok=True)
+    mixed = [line for pair in zip(dialogues, questions, strict=True) for line in pair]
+    file.write_text("\n".join(mixed) + "\n", encoding="utf-8")
 
 
 def table(folder: Path) -> str:
@@ -69,6 +85,7 @@ def main() -> int:
     if args.table:
         print(table(args.table))
         return 0
+    write_conversations()
     commands = [(name, [*PROTOCOL, *ROWS[name], *args.overrides]) for name in args.rows]
     return common.run_rows(commands, args.out, args.minutes, HEADLINE)
 

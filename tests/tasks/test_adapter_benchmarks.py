@@ -50,6 +50,7 @@ def script(name: str) -> ModuleType:
         ("training_memory", "two_core_cpu/training_memory", "memory.md"),
         ("training_memory", "h100/training_memory", "memory.md"),
         ("training_memory", "h100/training_memory_nf4", "memory.md"),
+        ("padding", "two_core_cpu/padding", "memory.md"),
         ("pruning", "two_core_cpu/pruning", "pruning.md"),
         ("convergence", "two_core_cpu/convergence", "memory.md"),
         ("judging", "two_core_cpu/mt_bench", "judging.md"),
@@ -111,7 +112,9 @@ def test_every_row_of_pruning_composes_those_of_speed_on_a_gpu(monkeypatch):
 
 
 def test_every_row_of_the_training_benchmarks_composes_and_a_gpu_s_are_refused_on_a_cpu():
-    memory, convergence = script("training_memory"), script("convergence")
+    memory, convergence, padding = (script(name) for name in ("training_memory", "convergence", "padding"))
+    for words in padding.ROWS.values():
+        assert refusal("train", [*padding.PROTOCOL[1:], *words]) is None
     for words in memory.ROWS.values():
         assert refusal("train", [*memory.PROTOCOL[1:], *words]) is None
     for words in memory.GPU_ROWS.values():
