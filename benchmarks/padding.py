@@ -4,9 +4,9 @@
     python benchmarks/padding.py --table results/two_core_cpu/padding
 
 A row is one run of ``train.py`` in a process of its own: one pass over 96 conversations of the handbook, every other
-one a dialogue and so about twice as long, eight in a batch, the first step not timed. ``padded``, ``packed`` and micro-
-batches of one make their steps of the same conversations in the same order, so that their losses are to be the same;
-batches by length hold others. Tokens a second leave padding out. What is there is not run again.
+one a dialogue and so about twice as long, eight in a batch, the first step not timed. ``padded`` and ``packed`` make
+their steps of the same conversations in the same order, so that their losses are to be the same; batches by length hold
+others. Tokens a second leave padding out. What is there is not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ ROWS = {
     "by_length": ["data.group_by_length=true"],
     "packed": ["data.packing=true"],
     "by_length_packed": ["data.group_by_length=true", "data.packing=true"],
-    "micro_batches_of_1": ["data.batch_size=1", "callbacks.accumulation.steps=8"],
 }
 CONVERSATIONS = Path("multirun", "padding", "conversations.jsonl")  # from the repository's root
 KINDS = 48  # conversations of each
