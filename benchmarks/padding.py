@@ -11,7 +11,6 @@ others. Tokens a second leave padding out. What is there is not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import rows as common
 
 from llm_at_home.records import store
-from llm_at_home.reporting import facts
 
 REFERENCE = "padded"
 ROWS = {
@@ -54,16 +52,11 @@ def table(folder: Path) -> str:
     reference = there.get(REFERENCE)
     lines = [["batches", "tokens/s", f"of {REFERENCE}'s", "steps/s", "resident set, peak (GB)", "loss, last step"]]
     for name, record in there.items():
-        ratio = common.DASH
-        beside = reference is not None and facts.machine(reference) == facts.machine(record)
-        if reference is not None and beside and all(common.has(one, HEADLINE[0]) for one in (reference, record)):
-            theirs, mine = (one.readings[HEADLINE[0]].value or 0.0 for one in (reference, record))
-            ratio = f"{mine / theirs:.2f}"
         lines.append(
             [
                 name.replace("_", " ") if record.status == "ok" else f"{name} ({record.status})",
                 common.text(record.readings.get("tokens_per_second"), 1),
-                ratio,
+                common.ratio(record, common.beside(reference, record), "tokens_per_second"),
                 common.text(record.readings.get("steps_per_second"), 2),
                 common.text(record.readings.get("resident_set_peak"), 2),
                 common.text(record.quality.get("loss_last"), 4),
@@ -72,22 +65,7 @@ def table(folder: Path) -> str:
     return common.markdown(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
-    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-        return 0
-    write_conversations()
-    commands = [(name, [*PROTOCOL, *ROWS[name], *args.overrides]) for name in args.rows]
-    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--out" in sys.argv:
+        write_conversations()
+    sys.exit(common.run_choices(__doc__, PROTOCOL, ROWS, ROWS, HEADLINE, table))

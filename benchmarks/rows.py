@@ -98,6 +98,50 @@ def run_rows(
     return int(failed)
 
 
+def run_choices(
+    description: str | None,
+    protocol: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
+    default: Iterable[str],
+    headline: Sequence[str],
+    table: Callable[[Path], str],
+) -> int:
+    """A script whose rows are one command with one choice each: ``--out``, ``--table``, ``--rows`` and ``--minutes``.
+
+    Args:
+        description: the script's docstring.
+        protocol: entry point and overrides of every row.
+        choices: each row's further overrides.
+        default: rows that run where none are named.
+        headline: the figures to show.
+        table: a folder as Markdown.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
+    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
+    parser.add_argument("--rows", nargs="+", choices=choices, default=list(default), metavar="ROW")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return 0
+    commands = [(name, [*protocol, *choices[name], *args.overrides]) for name in args.rows]
+    return run_rows(commands, args.out, args.minutes, headline)
+
+
+def ratio(above: Record | None, below: Record | None, key: str) -> str:
+    """One record's figure over another's, or a dash where one is unknown or there is no record."""
+    values = [r.readings[key].value if r is not None and key in r.readings else None for r in (above, below)]
+    return DASH if None in values or not values[1] else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
+
+
+def beside(reference: Record | None, record: Record) -> Record | None:
+    """The reference, where it ran on the record's machine: two hosts with one kind of card differ by half."""
+    return reference if reference and facts.machine(reference) == facts.machine(record) else None
+
+
 def status(folder: Path) -> str | None:
     """The status of the record in a row's folder, or None where there is none."""
     return store.load(folder).status if (folder / store.RECORD).is_file() else None

@@ -11,15 +11,12 @@ at the reference's loss, which says nothing else. What is there is not run again
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import rows as common
 
 from llm_at_home.records import store
-from llm_at_home.records.schema import Record
-from llm_at_home.reporting import facts
 
 REFERENCE = "one_batch"
 SPLIT = ["data.batch_size=1", "callbacks.accumulation.steps=4"]
@@ -62,14 +59,14 @@ def table(folder: Path) -> str:
     lines = [["choice", "resident set, peak (GB)", "torch allocated, peak (GB)", "peak / one batch's"]]
     lines[0] += ["seconds a step / one batch's", "loss, last step"]
     for name, record in there.items():
-        beside = reference if reference and facts.machine(reference) == facts.machine(record) else None
-        pace = _ratio(beside, record, "steps_per_second")  # steps a second: the reference's over this one's
+        # Steps a second: the reference's over this one's.
+        pace = common.ratio(common.beside(reference, record), record, "steps_per_second")
         peak = next((key for key in reversed(MEMORY[:2]) if common.has(record, key)), MEMORY[0])
         lines.append(
             [
                 name.replace("_", " ") if record.status == "ok" else f"{name} ({record.status})",
                 *(common.text(record.readings.get(key), 2) for key in MEMORY[:2]),
-                _ratio(record, reference, peak),
+                common.ratio(record, reference, peak),
                 pace,
                 common.text(record.quality.get("loss_last"), 3),
             ]
@@ -77,26 +74,5 @@ def table(folder: Path) -> str:
     return common.markdown(lines)
 
 
-def _ratio(above: Record | None, below: Record | None, key: str) -> str:
-    values = [r.readings[key].value if r is not None and key in r.readings else None for r in (above, below)]
-    return common.DASH if None in values or not values[1] else f"{values[0] / values[1]:.2f}"  # type: ignore[operator]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="measure, and keep each row's record below this folder")
-    what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
-    parser.add_argument("--rows", nargs="+", choices=ALL, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-        return 0
-    commands = [(name, [*PROTOCOL, *ALL[name], *args.overrides]) for name in args.rows]
-    return common.run_rows(commands, args.out, args.minutes, HEADLINE)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.run_choices(__doc__, PROTOCOL, ALL, ROWS, HEADLINE, table))

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from llm_at_home.hardware import device as hardware
+from llm_at_home.records.schema import Record
+from llm_at_home.tasks import train
 
 on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is a GPU's")
 
@@ -54,3 +62,32 @@ def test_a_card_s_products_are_the_same_within(kind, nested, ours, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     both()
     assert len(read) == 2 * ours
+
+
+NF4 = {"method": "bitsandbytes", "config": {"bnb_4bit_quant_type": "nf4"}}
+FP4 = {"method": "bitsandbytes", "config": {"bnb_4bit_quant_type": "fp4"}}
+
+
+@pytest.mark.parametrize(
+    ("quant", "captured", "capability", "triton", "taken"),
+    [
+        (NF4, True, (8, 0), True, True),
+        (NF4, False, (8, 0), True, False),
+        (NF4, True, (7, 5), True, False),
+        (NF4, True, (8, 0), False, False),
+        (FP4, True, (8, 0), True, False),
+        ({"method": "dense"}, True, (8, 0), True, False),
+    ],
+)
+def test_a_run_takes_it_in_graphs_of_nf4_on_cards_that_have_triton(
+    monkeypatch, quant, captured, capability, triton, taken
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: triton or None)
+    ours, record = nullcontext(), Record("train", kernel={"linear": "Linear4bit"})
+    stand_in = SimpleNamespace(in_place_of_bitsandbytes_own=lambda: ours)  # the module wants Triton
+    monkeypatch.setitem(sys.modules, "llm_at_home.quantization.nf4_kernel", stand_in)
+    found = train._read_back({"quant": quant}, torch.device("cuda"), captured, record)
+    assert (found is ours) == taken
+    assert record.kernel == {"linear": "Linear4bit", **({"nf4_read_back": "triton"} if taken else {})}
+    assert not hardware.runs_triton(torch.device("cpu"))

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from llm_at_home.generation.reply import Reply, Sampling
 from llm_at_home.generation.static.asked import Asked
 from llm_at_home.generation.static.layers import Unsupported, decoder_of, uncapturable
 from llm_at_home.generation.static.slots import Slots
+from llm_at_home.hardware.device import runs_triton
 
 
 class GraphEngine(EagerEngine):
@@ -244,8 +244,7 @@ def _operations(kernels: str, device: torch.device) -> tuple[Any, str]:
     from llm_at_home.generation.static import reference
 
     if kernels == "auto":
-        ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        kernels = "triton" if ready and find_spec("triton") is not None else "torch"
+        kernels = "triton" if runs_triton(device) else "torch"
     if kernels == "triton":
         from llm_at_home.generation.static import kernels as triton_kernels
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.catalogue import BFLOAT16, Card, capability, is_card
 from llm_at_home.hardware.present import Gpu, present_gpus, torch_can_use_gpu
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 # CUDA offers a few per cent less than the driver counts; below this share the memory is meant to be another card's.
@@ -112,6 +116,14 @@ def check_kernel(
     lacking = _lacking(gpu, needs)
     if lacking:
         raise Refusal(f"{lacking} cannot run {what}, which needs {needs[0]}.{needs[1]}: {instead}")
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether this project's Triton kernels are taken there: from compute capability 8.0 on, where Triton is."""
+    import torch
+
+    ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16
+    return ready and importlib.util.find_spec("triton") is not None
 
 
 def _lacking(gpu: Mapping[str, Any], needs: tuple[int, int]) -> str:

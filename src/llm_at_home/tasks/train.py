@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from llm_at_home.data.sources import SYNTHETIC
 from llm_at_home.errors import Refusal
+from llm_at_home.hardware.device import runs_triton
 from llm_at_home.records.schema import Reading, Record
 from llm_at_home.records.tracking import Tracker
 from llm_at_home.tasks import fast, helper
@@ -128,7 +128,7 @@ def _fit(config: Mapping[str, Any], folder: Path, record: Record, callbacks: lis
         record.notes.append(f"resumed from {checkpoint}")
     try:
         # The checkpoint is this program's own and holds more than tensors (random states, loop positions).
-        with _read_back(config, captured, record):
+        with _read_back(config, base.device, captured, record):
             trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
     finally:
         _losses(record, module.history)
@@ -158,9 +158,10 @@ def _redrawn(memory: Mapping[str, Any], model: Any, ids: list[int]) -> str | Non
     return "what is recomputed puts random states back" if recomputes and draws_numbers(model, ids) else None
 
 
-def _read_back(config: Mapping[str, Any], captured: bool, record: Record) -> AbstractContextManager[None]:
-    """Within passes that are graphs, nf4 weights are read back by this project's kernel, where there is Triton."""
-    if not captured or config["quant"]["method"] != "bitsandbytes" or importlib.util.find_spec("triton") is None:
+def _read_back(config: Mapping[str, Any], device: Any, captured: bool, record: Record) -> AbstractContextManager[None]:
+    """Within passes that are graphs, nf4 weights are read back by this project's kernel, where it runs."""
+    of_nf4 = (config["quant"].get("config") or {}).get("bnb_4bit_quant_type") == "nf4"
+    if not (captured and of_nf4 and runs_triton(device)):
         return nullcontext()
     from llm_at_home.quantization.nf4_kernel import in_place_of_bitsandbytes_own
 
