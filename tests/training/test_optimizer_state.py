@@ -13,7 +13,7 @@ from llm_at_home.training.callbacks.checkpoints import Checkpoints, last_checkpo
 from llm_at_home.training.callbacks.clipping import GradientClipping
 from llm_at_home.training.host_optimizer import HostAdamW
 
-ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, fused=True)
 HOST_ADAMW = functools.partial(HostAdamW, lr=1e-3, weight_decay=0.1)
 HALVING = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
 ADAMW_8BIT = functools.partial(bitsandbytes.optim.AdamW8bit, lr=1e-3, weight_decay=0.0)
@@ -63,3 +63,18 @@ def test_updates_that_16_bits_cannot_hold_are_kept_on_the_host():
         optimizer.step()
     assert optimizer.state_dict()["host_weights"][0].tolist() == pytest.approx([0.994] * 8, rel=1e-4)
     assert weight.tolist() == [0.9921875] * 8
+
+
+def test_a_tensor_without_a_gradient_waits_and_no_gradient_stays_on_the_host():
+    trained, waiting = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(5))
+    optimizer = HostAdamW([{"params": [trained]}, {"params": [waiting], "lr": 1.0}], lr=1e-3)
+    trained.grad = torch.ones(3)
+    optimizer.step()
+    assert trained.tolist() == pytest.approx([0.999] * 3)
+    assert waiting.tolist() == [1.0] * 5
+    waiting.grad = torch.ones(5)
+    trained.grad = None
+    optimizer.step()
+    assert waiting.tolist() == pytest.approx([0.0] * 5, abs=1e-6)
+    hosts = [p for inner in optimizer._hosts for group in inner.param_groups for p in group["params"]]
+    assert [host.grad for host in hosts] == [None, None]

@@ -12,7 +12,8 @@ class HostAdamW(torch.optim.Optimizer):
     """AdamW on copies of the weights in host memory (ZeRO-Offload's optimizer, Ren et al. 2021, section 4, on one GPU).
 
     The host keeps 12 bytes a parameter (the weight and two moments, in float32), also where the weights are in 16 bits,
-    whose small updates are so not lost. An optimizer step moves the gradients there and the weights back.
+    whose small updates are so not lost. An optimizer step moves the gradients there and the weights back, one tensor
+    after the other, in the dtype that they have and through page-locked memory.
 
     torchao's ``CPUOffloadOptimizer`` copies gradients in the backward pass, which is before they are averaged over the
     tokens and clipped, and so cannot be used here.
@@ -26,13 +27,25 @@ class HostAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        groups = [{**group, "params": [self._host_copy(p) for p in group["params"]]} for group in self.param_groups]
-        self._host = torch.optim.AdamW(groups, **options)
+        # One for each tensor, so that the host never keeps all gradients at once. Fused: the step in one pass.
+        self._hosts = [
+            torch.optim.AdamW([self._host_copy(parameter)], fused=True, **options)
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
     @staticmethod
     def _host_copy(parameter: torch.Tensor) -> torch.Tensor:
         # Always its own memory, also where the parameter is in the host's already.
         return parameter.detach().to("cpu", torch.float32, copy=True).requires_grad_()
+
+    def _staged(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Host memory that all tensors use in turn, in this one's shape and dtype."""
+        if self._staging.numel() < parameter.nbytes:
+            largest = max(p.nbytes for group in self.param_groups for p in group["params"])
+            self._staging = torch.empty(largest, dtype=torch.uint8, pin_memory=parameter.is_cuda)
+        return self._staging[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -41,29 +54,32 @@ class HostAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = []
-        for group, host_group in zip(self.param_groups, self._host.param_groups, strict=True):
+        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for (parameter, group), optimizer in zip(pairs, self._hosts, strict=True):
+            if parameter.grad is None:
+                continue
+            (host_group,) = optimizer.param_groups
+            (host,) = host_group["params"]
+            staged = self._staged(parameter)
+            host.grad = staged.copy_(parameter.grad).to(torch.float32)
             host_group |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-            pairs += list(zip(group["params"], host_group["params"], strict=True))
-        for parameter, host in pairs:
-            host.grad = None if parameter.grad is None else parameter.grad.to("cpu", torch.float32)
-        self._host.step()
-        for parameter, host in pairs:
-            if host.grad is not None:
-                parameter.copy_(host)
-                host.grad = None
+            optimizer.step()
+            host.grad = None
+            # The next gradient comes into the same memory, but on the same stream, and so after this.
+            parameter.copy_(staged.copy_(host), non_blocking=True)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The moments and the host's weights; learning rates as ``torch.optim.Optimizer`` keeps them."""
-        weights = [host.detach() for group in self._host.param_groups for host in group["params"]]
-        return {**super().state_dict(), "host": self._host.state_dict(), "host_weights": weights}
+        weights = [optimizer.param_groups[0]["params"][0].detach() for optimizer in self._hosts]
+        hosts = [optimizer.state_dict() for optimizer in self._hosts]
+        return {**super().state_dict(), "hosts": hosts, "host_weights": weights}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave; all of it stays on the host."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._host.load_state_dict(state_dict["host"])
-        hosts = [host for group in self._host.param_groups for host in group["params"]]
-        for host, weight in zip(hosts, state_dict["host_weights"], strict=True):
-            host.copy_(weight)
+        kept = zip(self._hosts, state_dict["hosts"], state_dict["host_weights"], strict=True)
+        for optimizer, state, weight in kept:
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["params"][0].copy_(weight)
