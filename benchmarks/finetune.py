@@ -74,8 +74,8 @@ def compose(args: argparse.Namespace, name: str) -> dict[str, Any]:
         *(f"data.max_length={args.tokens}", "data.batch_size=1", f"callbacks.accumulation.steps={args.batch}"),
         *(f"trainer.max_steps={steps}", f"limit={args.batch * steps}", f"data.conversations={args.batch * steps}"),
         *_model(args),
-        *(BUDGETS[budget] if budget else []),
         *args.overrides,
+        *(BUDGETS[budget] if budget else []),  # last: a gpu= that was asked for would take the card's memory
     ]
     if "gpu=cpu" in args.overrides:
         # The planner knows GPUs alone.
