@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any
 
 from llm_at_home.errors import Refusal
 
-# bitsandbytes keeps the moments of smaller tensors in float32, and one float32 scale for each 256 values of others.
+# bitsandbytes keeps the moments of smaller tensors in float32, and one float32 scale for each 256 values of others. It
+# pages the moments of tensors from a size on, and no scales.
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
+SMALLEST_PAGED = 100_000
 # AdaLoRA's scores: sensitivity, its moving average and that average's spread, in float32 (peft RankAllocator).
 ADALORA_SCORES = 3
 
@@ -52,7 +55,11 @@ def optimizer_memory(optimizer: Mapping[str, Any], tensors: Counter[int], bytes_
     if kind == "HostAdamW":
         return OptimizerMemory(0.0, 0.0, 0.0)  # all of it is the host's
     if kind in ("AdamW8bit", "PagedAdamW8bit"):
-        small = sum(size * count for size, count in tensors.items() if size < SMALLEST_8BIT)
+        small, large = (
+            sum(size * count for size, count in tensors.items() if low <= size < high)
+            for low, high in ((0, SMALLEST_8BIT), (SMALLEST_PAGED, math.inf))
+        )
         state = 8.0 * small + (parameters - small) * (2 + 2 * 4 / BLOCK_8BIT)
-        return OptimizerMemory(*((0.0, state) if kind.startswith("Paged") else (state, 0.0)), 0.0)
+        paged = 2.0 * large if kind.startswith("Paged") else 0.0
+        return OptimizerMemory(state - paged, paged, 0.0)
     raise Refusal(f"optimizer={kind} is unknown to the planner: use one of conf/optimizer")
