@@ -149,7 +149,9 @@ def test_a_choice_s_time_is_told_beside_a_reference_of_the_same_card_alone(tmp_p
 
 
 def test_the_rows_that_others_read_are_those_of_the_files():
-    folders = [("decode", "decode"), ("batch", "batch"), ("batch", "batch_lengths"), ("finetune", "finetune")]
+    folders = [("decode", "decode"), ("batch", "batch"), ("batch", "batch_lengths")]
+    folders += [("decode", "decode_third_host"), ("batch", "batch_lengths_third_host")]
+    folders += [("finetune", "finetune"), ("finetune", "finetune_float16")]
     for name, folder in ((name, RESULTS / "h100" / folder) for name, folder in folders):
         benchmark = script(name)
         order = [benchmark.WORK] if name == "finetune" else []
