@@ -162,6 +162,22 @@ def test_a_refused_row_takes_what_follows_from_it_out(progress, monkeypatch):
     assert found.ended == {name: "refused" if name == "llamacpp" else "left out" for name in states}
 
 
+def test_where_no_run_can_work_the_command_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "run_or_skip", lambda *job: pytest.fail("something was run"))
+    words = ["protocol=small", *RANDOM, "rows=[llamacpp]", f"paths.output={tmp_path}"]
+    for more in (["--dry-run"], []):
+        assert main([*words, *more]) == 2
+        said = capsys.readouterr()
+        assert "llamacpp" in said.out
+        assert said.err == "refused: no run of these can work, see above\n"
+    assert main([*EMBEDDED, "rows=[llamacpp,nf4]", words[-1], "--dry-run"]) == 0
+
+
+def test_help_shows_the_keys(capsys):
+    assert main(["rows=[nf5]", "--help"]) == 0
+    assert "minutes: null # start no run after so many" in capsys.readouterr().out
+
+
 def test_an_override_that_one_row_does_not_take_refuses_that_row_alone(progress):
     states = {state.run.name: state for state in progress(*EMBEDDED, "rows=[lora,adalora]", "adapter.r=4").look()}
     assert states["lora"].status == RUN

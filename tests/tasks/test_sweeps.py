@@ -76,6 +76,17 @@ def test_a_metric_is_one_figure_or_several_and_unknown_when_one_is():
     assert launch._metric(None, "a") is None
 
 
+def test_a_metric_that_no_record_has_is_told(capsys):
+    record = one_record(loss_last=1.5, load_time=2.0, energy=None)
+    for wanted, said in (("los_last", "which has loss_last"), ("zzz", "which has energy, load_time, loss_last")):
+        assert launch._metric(record, wanted) is None
+        assert f"metric={wanted} is no figure of this record, {said}\n" in capsys.readouterr().err
+    record.status = "failed"  # whose figures are not there for another reason
+    for wanted in ("loss_last", "energy", "los_last"):
+        launch._metric(record, wanted)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit", "slurm"])
 def test_a_launcher_is_a_choice(launcher):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,29 @@ def test_a_file_of_questions_is_read_before_anything_loads(tmp_path):
     with pytest.raises(Refusal, match="line 2: category is no string"):
         checked("infer", [f"questions.path={file}"])
     checked("infer", [f"questions.path={file}", "mode=chat"])
+
+
+def test_a_file_of_conversations_is_read_before_anything_loads(tmp_path):
+    turns = [{"role": "user", "content": "Where is the key?"}, {"role": "assistant", "content": "Under the mat."}]
+    for text, why in (
+        ("", "it is empty"),
+        ("nothing\n", "no usable conversation"),
+        (json.dumps({"messages": turns}) + "\n", "holds one conversation"),
+    ):
+        file = tmp_path / "mine.jsonl"
+        file.write_text(text)
+        words = ["data=jsonl", f"data.path={file}"]
+        with pytest.raises(Refusal, match=why):
+            checked("train", words)
+        with pytest.raises(Refusal, match=why):
+            checked("evaluate", ["task=text", *words])
+    tested = tmp_path / "tested.jsonl"
+    tested.write_text("")
+    words += [f"data.test_path={tested}"]
+    checked("train", words)  # which reads no test split
+    for task, more in (("train", "held_out=2"), ("evaluate", "task=text")):
+        with pytest.raises(Refusal, match=r"tested\.jsonl holds no usable conversation: it is empty"):
+            checked(task, [*words, more])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,22 @@ def load_group(data: Mapping[str, Any], split: str, limit: int | None, seed: int
         seed: chooses what is held out.
     """
     return load_split(data["source"], split, path=data["path"], test_path=data.get("test_path"), limit=limit, seed=seed)
+
+
+def check_group(data: Mapping[str, Any], splits: Sequence[str], seed: int) -> None:
+    """Refuse a user's own file that gives no conversation to one of the splits; other sources are not read.
+
+    Args:
+        data: as :func:`load_group` takes it.
+        splits: those that will be read.
+        seed: chooses what is held out.
+
+    Raises:
+        Refusal: with what is the matter with the file.
+    """
+    if data["source"] == "jsonl":
+        for split in splits:
+            load_group(data, split, None, seed)
 
 
 def data_hash(source: str, *, path: str | Path | None = None, test_path: str | Path | None = None) -> str:

@@ -5,6 +5,7 @@ This module runs in the parent and imports nothing heavy: a refusal answers with
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
 import sys
@@ -219,6 +220,10 @@ def _metric(record: Record | None, wanted: str | Sequence[str] | None) -> float 
         return None
     figures: Mapping[str, Any] = {**record.readings, **record.quality}
     names = [wanted] if isinstance(wanted, str) else wanted
+    for name in names:
+        if name not in figures and record.status == "ok":
+            close = difflib.get_close_matches(name, figures, n=3) or sorted(figures)
+            print(f"metric={name} is no figure of this record, which has {', '.join(close)}", file=sys.stderr)
     values = [figures[name].value if name in figures else None for name in names]
     known = [value for value in values if value is not None]
     if len(known) < len(values):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_at_home.data.sources import SYNTHETIC
+from llm_at_home.data.sources import SYNTHETIC, check_group
 from llm_at_home.errors import Refusal
 from llm_at_home.evaluation import context, fidelity, judge
 from llm_at_home.hardware.device import resolve_dtype
@@ -34,6 +34,7 @@ def check(config: Mapping[str, Any]) -> None:
                 raise Refusal(f"text.{key}={config['text'][key]} is no whole number from 1 on: give at least 1")
         check_engine(config["engine"])
         context.check(config)
+        check_group(config["data"], ("test",), config["seed"])
 
 
 def _check_judge(config: Mapping[str, Any]) -> None:

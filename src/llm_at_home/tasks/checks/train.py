@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_at_home.adapters import compatibility
 from llm_at_home.adapters.attach import rank_schedule
-from llm_at_home.data.sources import SYNTHETIC
+from llm_at_home.data.sources import SYNTHETIC, check_group
 from llm_at_home.errors import Refusal
 from llm_at_home.hardware.device import check_kernel, resolve_dtype
 from llm_at_home.hardware.present import present_gpus
@@ -57,6 +57,7 @@ def check(config: Mapping[str, Any]) -> None:
         raise Refusal(f"held_out={config['held_out']} is no number of conversations: give at least 1, or null")
     if config["held_out"] and config["data"]["source"] == SYNTHETIC:
         raise Refusal("held_out needs conversations with answers, and data=synthetic is random: use held_out=null")
+    check_group(config["data"], ("train", "test") if config["held_out"] else ("train",), config["seed"])
     if config["adapter_path"] and config["adapter"]["trains"] != "adapter":
         raise Refusal(f"adapter={config['adapter']['name']} cannot go on from adapter_path: leave out one of the two")
     if config["resume"]:

@@ -18,6 +18,7 @@ from llm_at_home.errors import Refusal
 from llm_at_home.planning import composing
 from llm_at_home.planning.composing import CONF, one_line
 
+FILE = CONF / "paper.yaml"
 DRY_RUN = "--dry-run"
 PUBLISHED = "published"
 FOLDERS = ("adapter_path", "answers", "baseline")
@@ -78,7 +79,7 @@ def _key(word: str) -> str:
 
 
 def _defaults() -> DictConfig:
-    found = OmegaConf.load(CONF / "paper.yaml")
+    found = OmegaConf.load(FILE)
     assert isinstance(found, DictConfig)
     OmegaConf.set_struct(found, True)
     return found
