@@ -22,9 +22,9 @@ SCHEDULE = {0: 3, 1: 2, 4: 1}
 WINDOWS = ((0, 3), (3, 5), (5, 7), (7, 8), (8, 9), (9, 10))
 
 
-def test_each_window_is_averaged_over_its_own_tokens(fit, conversations, tiny_model):
+def test_each_window_is_averaged_over_its_own_tokens(fit, conversations, short_vocabulary):
     module = fit(1, SCHEDULE, steps=len(WINDOWS), lengths=LENGTHS)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(short_vocabulary, dtype=torch.float32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loader = ChatDataModule(conversations(LENGTHS), 1, 0, seed=0).train_dataloader()
     batches = [batch for _ in range(2) for batch in loader]

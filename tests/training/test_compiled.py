@@ -38,7 +38,7 @@ def with_lora(model, **options):
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **options))
 
 
-def test_losses_names_and_the_number_of_graphs(fit, tiny_model):
+def test_losses_names_and_the_number_of_graphs(fit, short_vocabulary):
     adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     order = {"batch_size": 3, "accumulate": 2, "steps": 6, "lengths": LENGTHS, "optimizer": adamw}
     wanted = fit(**order, prepare=with_lora)
@@ -52,7 +52,7 @@ def test_losses_names_and_the_number_of_graphs(fit, tiny_model):
     shapes = Shapes(rows=3, longest=40, lengths=2)
     found = fit(**order, prepare=compiled, shapes=shapes)
     assert [s["loss"] for s in found.history] == pytest.approx([s["loss"] for s in wanted.history], rel=1e-5)
-    start = with_lora(AutoModelForCausalLM.from_pretrained(tiny_model)).state_dict()
+    start = with_lora(AutoModelForCausalLM.from_pretrained(short_vocabulary)).state_dict()
     ends = [{name.removeprefix("model."): value for name, value in run.state_dict().items()} for run in (wanted, found)]
     moved = sum(float((ends[0][name] - start[name]).square().sum()) for name in ends[0])
     apart = sum(float((ends[0][name] - ends[1][name]).square().sum()) for name in ends[0])

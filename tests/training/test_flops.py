@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_at_home.metering import matmul
 from llm_at_home.metering.matmul import dense_peak
 from llm_at_home.records.schema import Reading
 from llm_at_home.training.flops import ModelFlops, utilisation
@@ -77,3 +78,14 @@ def test_a_peak_that_cannot_be_measured_says_why(monkeypatch):
 
     monkeypatch.setattr(torch, "matmul", fails)
     assert dense_peak("cpu", "float32").reason == "out of memory"
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [([0.3] + [0.1] * 10, 8), ([3.0, 0.5], 1), ([0.9] * 3, 1)])
+def test_slow_products_are_fewer(monkeypatch, seconds, measured):
+    clock, done = [0.0], iter(seconds)
+    monkeypatch.setattr(matmul, "now", lambda device: clock[0])
+    monkeypatch.setattr(torch, "matmul", lambda a, b: clock.__setitem__(0, clock[0] + next(done)))
+    peak = dense_peak("cpu", "float32")
+    assert peak.n == measured
+    assert next(done, None) is None, "fewer products than these were made"
+    assert peak.value == pytest.approx(2 * 768**3 / min(seconds[-measured:]) / 1e12)

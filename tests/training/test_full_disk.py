@@ -15,13 +15,13 @@ from llm_at_home.training.callbacks.checkpoints import Checkpoints, last_checkpo
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """``small_disk(megabytes)`` mounts a file system of that size and gives its folder."""
+    """``small_disk(kilobytes)`` mounts a file system of that size and gives its folder."""
     mounted = []
 
-    def mount(megabytes):
+    def mount(kilobytes):
         folder = tmp_path / "small_disk"
         folder.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"a small file system can only be had where one may be mounted ({done.stderr.strip()})")
@@ -41,7 +41,7 @@ def size_of_a_checkpoint(folder):
 @pytest.mark.parametrize("quarters", [5, 7])  # the second checkpoint's weights do not fit, or its trainer's state
 def test_a_full_disk_leaves_the_checkpoint_before(fit, small_disk, tmp_path, quarters):
     straight = fit(4, 1, steps=3, callbacks=[Checkpoints(every_n_steps=2)], folder=tmp_path / "straight")
-    disk = small_disk(size_of_a_checkpoint(tmp_path / "straight") * quarters // 4 // 2**20)
+    disk = small_disk(size_of_a_checkpoint(tmp_path / "straight") * quarters // 4 // 2**10)
     with pytest.raises((OSError, SafetensorError), match="No space left on device"):
         fit(4, 1, steps=3, callbacks=[Checkpoints(every_n_steps=1)], folder=disk)
     assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step_000001"]
@@ -56,7 +56,7 @@ def test_the_record_of_such_a_run_says_so_and_it_can_be_resumed(command, small_d
     words += ("callbacks.checkpoints.every_n_steps=1",)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert command("train.py", *words, f"hydra.run.dir={straight}").returncode == 0
-    disk = small_disk(size_of_a_checkpoint(straight) * 3 // 2 // 2**20)
+    disk = small_disk(size_of_a_checkpoint(straight) * 3 // 2 // 2**10)
     done = command("train.py", *words, f"hydra.run.dir={disk}/run")
     assert done.returncode == 1
     record = json.loads((disk / "run" / "record.json").read_text())

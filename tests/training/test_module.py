@@ -53,7 +53,7 @@ def test_a_last_window_that_is_not_full_is_averaged_over_its_own_tokens(fit):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_losses_follow_a_plain_loop(conversations, fit, tiny_model):
+def test_losses_follow_a_plain_loop(conversations, fit, short_vocabulary):
     module = fit(
         batch_size=4,
         accumulate=1,
@@ -61,7 +61,7 @@ def test_losses_follow_a_plain_loop(conversations, fit, tiny_model):
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0),
         callbacks=[GradientClipping(0.3)],
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(short_vocabulary, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     losses, norms = [], []
     loader = ChatDataModule(conversations((5, 40, 12, 33)), 4, 0, seed=0).train_dataloader()
@@ -79,9 +79,9 @@ def test_losses_follow_a_plain_loop(conversations, fit, tiny_model):
     assert [s["gradient_norm"] for s in module.history] == pytest.approx(norms, rel=1e-4)
 
 
-def test_clipping_acts_on_the_accumulated_gradient(fit, tiny_model):
+def test_clipping_acts_on_the_accumulated_gradient(fit, short_vocabulary):
     clipping = GradientClipping(max_norm=0.01)
-    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(short_vocabulary, dtype=torch.float32)
     module = fit(batch_size=1, accumulate=4, steps=1, callbacks=[clipping])
     moved = sum(float(((a - b) ** 2).sum()) for a, b in zip(module.model.parameters(), start.parameters(), strict=True))
     assert moved**0.5 == pytest.approx(0.5 * 0.01, rel=1e-3)  # SGD at 0.5 moves by rate times clipped norm

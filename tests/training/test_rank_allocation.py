@@ -27,7 +27,7 @@ def record_of(folder):
 
 def test_the_mean_rank_ends_at_the_target_and_a_resumed_run_ends_the_same(command, tmp_path):
     straight = tmp_path / "straight"
-    done = command("train.py", *WORDS, f"hydra.run.dir={straight}")
+    done = command("train.py", *WORDS, "callbacks.checkpoints.every_n_steps=9", f"hydra.run.dir={straight}")
     assert done.returncode == 0, done.stderr
     record = record_of(straight)
     pattern = record["adapter"]["rank_pattern"]
@@ -41,15 +41,12 @@ def test_the_mean_rank_ends_at_the_target_and_a_resumed_run_ends_the_same(comman
     saved = load_file(straight / "adapter" / "adapter_model.safetensors")
     assert sum(len(t) for name, t in saved.items() if "lora_E" in name) == 14 * 2
 
-    # Stopped in the middle of the lowering: the one checkpoint is that after step 9.
-    stopped = tmp_path / "stopped"
-    done = command("train.py", *WORDS, "callbacks.checkpoints.every_n_steps=9", f"hydra.run.dir={stopped}")
-    assert done.returncode == 0, done.stderr
-    checkpoints = stopped / "checkpoints"
-    assert [p.name for p in checkpoints.glob("step_*")] == ["step_000009"]
+    # The one checkpoint is in the middle of the lowering: that after step 9.
+    assert [p.name for p in (straight / "checkpoints").glob("step_*")] == ["step_000009"]
     resumed = tmp_path / "resumed"
-    done = command("train.py", *WORDS, f"resume={stopped}", f"hydra.run.dir={resumed}")
+    done = command("train.py", *WORDS, f"resume={straight}", f"hydra.run.dir={resumed}")
     assert done.returncode == 0, done.stderr
+    assert any("step_000009" in note for note in record_of(resumed)["notes"])
     assert record_of(resumed)["adapter"]["rank_pattern"] == pattern
     assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == (
         straight / "adapter" / "adapter_model.safetensors"

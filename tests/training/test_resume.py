@@ -43,25 +43,27 @@ def wait_for_steps(folder, steps, process):
     pytest.fail(f"{steps} steps were not reached: {process.communicate()[1]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_resumes_exactly(tmp_path, command, start, number):
+def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(tmp_path, command, start):
     straight = tmp_path / "straight"
     done = command("train.py", *PROTOCOL, f"hydra.run.dir={straight}")
     assert done.returncode == 0, done.stderr
 
-    stopped = tmp_path / "stopped"
-    process = start("train.py", *PROTOCOL, f"hydra.run.dir={stopped}")
-    wait_for_steps(stopped, 5, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1, err
-    record = json.loads((stopped / "record.json").read_text())
-    assert record["status"] == "interrupted"
-    assert signal.Signals(number).name in record["error"]["message"]
-    assert 5 <= len(losses(stopped)) < STEPS, "it was to be stopped in the middle"
+    resume, steps = [], 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stopped = tmp_path / signal.Signals(number).name
+        process = start("train.py", *PROTOCOL, *resume, f"hydra.run.dir={stopped}")
+        wait_for_steps(stopped, steps + 5, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1, err
+        record = json.loads((stopped / "record.json").read_text())
+        assert record["status"] == "interrupted"
+        assert signal.Signals(number).name in record["error"]["message"]
+        assert steps + 5 <= len(losses(stopped)) < STEPS, "it was to be stopped in the middle"
+        resume, steps = [f"resume={stopped}"], len(losses(stopped))
 
     resumed = tmp_path / "resumed"
-    done = command("train.py", *PROTOCOL, f"resume={stopped}", f"hydra.run.dir={resumed}")
+    done = command("train.py", *PROTOCOL, *resume, f"hydra.run.dir={resumed}")
     assert done.returncode == 0, done.stderr
     assert losses(resumed) == losses(straight)
     assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == (
@@ -121,14 +123,15 @@ def test_a_run_that_left_no_record_is_resumed_as_well(interrupted, resolved, rec
 )
 def test_what_would_be_another_run_is_not_resumed(interrupted, resolved, tmp_path, words, further, why):
     file = tmp_path / "own.jsonl"
-    line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    file.write_text(f"{line}\n")
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] for text in "acd"]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in turns]
+    file.write_text("".join(lines[:2]))
     words = [*words, "data=jsonl", f"data.path={file}"]
     folder = interrupted(words, data=resolve.ingredients("train", resolved(words))["data"])
     resolve.check("train", resolved([*words, f"resume={folder}"]))
     if further == ["data.path=CHANGED"]:
         further = []
-        file.write_text(f"{line}\n{line}\n")
+        file.write_text("".join(lines))
     with pytest.raises(Refusal, match=why):
         resolve.check("train", resolved([*words, *further, f"resume={folder}"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def prepare_for_training(
             options["target_modules"] = _linear_names(model)
         if "schedule" in adapter:
             options |= rank_schedule(adapter["schedule"], steps)
-        made = get_peft_model(model, instantiate(options, _convert_="object")).train()
+        with _without_gptqmodel():
+            made = get_peft_model(model, instantiate(options, _convert_="object")).train()
     if adapter.get("loftq"):
         from llm_at_home.adapters import loftq
 
@@ -106,8 +108,28 @@ def prepare_for_training(
 def _further(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
-    with _fitting(folder):
+    with _fitting(folder), _without_gptqmodel():
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True).train()
+
+
+@contextmanager
+def _without_gptqmodel() -> Iterator[None]:
+    """Keep PEFT from importing gptqmodel, for seconds, only to ask of each layer whether it is one of gptqmodel's.
+
+    Where nothing has imported it, no layer is.
+    """
+    from peft.tuners.lora import awq, gptq
+    from peft.utils import other
+
+    asking: tuple[Any, ...] = () if "gptqmodel" in sys.modules else (awq, gptq, other)
+    asked = {module: module.is_gptqmodel_available for module in asking}
+    for module in asked:
+        module.is_gptqmodel_available = lambda: False
+    try:
+        yield
+    finally:
+        for module, available in asked.items():
+            module.is_gptqmodel_available = available
 
 
 @contextmanager
@@ -176,7 +198,8 @@ def attach_saved(model: Any, path: str | Path) -> Any:
         from llm_at_home.adapters import methods
 
         methods.register()
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        with _without_gptqmodel():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def add_saved(model: Any, path: str | Path, name: str) -> None:

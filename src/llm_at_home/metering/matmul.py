@@ -10,6 +10,7 @@ from llm_at_home.records.schema import Reading
 SIZES = {"cuda": 8192, "cpu": 768}
 REPEATS = {"cuda": 20, "cpu": 8}
 WARM_UP = 3
+SECONDS = 2.0  # after which no further product is started: bfloat16 takes a CPU without such instructions 1 s each
 
 
 def dense_peak(device: str, dtype: str) -> Reading:
@@ -21,7 +22,7 @@ def dense_peak(device: str, dtype: str) -> Reading:
     """
     size, repeats = SIZES[device], REPEATS[device]
     try:
-        fastest = _fastest(device, dtype, size, repeats)
+        times = _times(device, dtype, size, WARM_UP + repeats)
     except RuntimeError as error:  # out of memory on a small card, or a dtype without a kernel
         return Reading.unknown("TFLOP/s", str(error).splitlines()[0])
     finally:
@@ -29,19 +30,21 @@ def dense_peak(device: str, dtype: str) -> Reading:
             import torch
 
             torch.cuda.empty_cache()
-    return Reading(2 * size**3 / fastest / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=repeats)
+    measured = times[min(WARM_UP, len(times) - 1) :]
+    return Reading(2 * size**3 / min(measured) / 1e12, "TFLOP/s", f"fastest_matmul_of_{size}", n=len(measured))
 
 
-def _fastest(device: str, dtype: str, size: int, repeats: int) -> float:
+def _times(device: str, dtype: str, size: int, most: int) -> list[float]:
+    """Seconds of each product: two at least, the first of which warms up."""
     import torch
 
     # Of its own, so that a run draws the numbers that it would draw without this.
     drawn = torch.Generator(device).manual_seed(0)
     form: Any = {"device": device, "dtype": getattr(torch, dtype), "generator": drawn}
     a, b = (torch.randn(size, size, **form) for _ in range(2))
-    times = []
-    for _ in range(WARM_UP + repeats):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < most and sum(times) < SECONDS):
         start = now(device)
         torch.matmul(a, b)
         times.append(now(device) - start)
-    return min(times[WARM_UP:])
+    return times
