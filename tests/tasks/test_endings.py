@@ -156,17 +156,17 @@ def test_a_sweep_goes_on_over_a_crash_and_sums_up(tmp_path, command):
     assert "AttributeError" in record(folder / "1")["error"]["type"]
 
 
-def test_a_hundred_run_folders_made_at_once_are_a_hundred():
+def test_forty_run_folders_made_at_once_are_forty():
     import subprocess
     import sys
 
     code = "from llm_at_home.tasks.launch import run_stamp; print(run_stamp())"
     environment = {key: value for key, value in os.environ.items() if key != "LLM_AT_HOME_STAMP"}
     stamps = []
-    for _ in range(5):  # twenty at a time: two cores
+    for _ in range(2):  # twenty at a time: two cores
         processes = [
             subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
             for _ in range(20)
         ]
         stamps += [process.communicate()[0].strip() for process in processes]
-    assert len(set(stamps)) == 100
+    assert len(set(stamps)) == 40
