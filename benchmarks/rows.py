@@ -106,7 +106,7 @@ def run_choices(
     headline: Sequence[str],
     table: Callable[[Path], str],
 ) -> int:
-    """A script whose rows are one command with one choice each: ``--out``, ``--table``, ``--rows`` and ``--minutes``.
+    """A script whose rows are one command with one choice each, with its options.
 
     Args:
         description: the script's docstring.
@@ -122,12 +122,18 @@ def run_choices(
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of the records in this folder")
     parser.add_argument("--rows", nargs="+", choices=choices, default=list(default), metavar="ROW")
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after so many (default: %(default)s)")
+    parser.add_argument("--fill", type=float, metavar="GB", help="so much of the GPU's memory is taken meanwhile")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every run, such as gpu=cpu")
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
         return 0
     commands = [(name, [*protocol, *choices[name], *args.overrides]) for name in args.rows]
+    if args.fill:
+        import torch
+
+        taken = torch.empty(int(args.fill * 1e9), dtype=torch.uint8, device="cuda")
+        print(f"{taken.nbytes / 1e9:.1f} GB of the GPU's memory are taken")
     return run_rows(commands, args.out, args.minutes, headline)
 
 

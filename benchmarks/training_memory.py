@@ -3,10 +3,12 @@
     python benchmarks/training_memory.py --out results/two_core_cpu/training_memory -- gpu=cpu
     python benchmarks/training_memory.py --table results/two_core_cpu/training_memory
     python benchmarks/training_memory.py --out FOLDER --rows one_batch loss_liger offload -- gpu=cuda
+    python benchmarks/training_memory.py --out FOLDER --fill 53 --rows full_paged_adamw_8bit -- gpu=cuda
 
 A row is one run of ``train.py data=synthetic``, in a process of its own: five optimizer steps over 4 conversations of
 256 random tokens, the first of them not timed. The same seed and data throughout: a choice that changes no figure ends
-at the reference's loss, which says nothing else. What is there is not run again.
+at the reference's loss, which says nothing else. What is there is not run again. With ``--fill`` so many GB of the card
+are taken meanwhile, so that what is paged has to move; such rows belong into a folder of their own.
 """
 
 from __future__ import annotations

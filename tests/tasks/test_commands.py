@@ -28,6 +28,8 @@ def test_train_then_infer_then_evaluate(tmp_path, command):
     assert found["readings"]["energy_gross"]["value"] is None or found["readings"]["energy_gross"]["method"] == "rapl"
     assert found["quality"]["loss_last"]["unit"] == "nats/token"
     assert (trained / "config.yaml").is_file()
+    # PEFT would import gptqmodel, for seconds, to ask whether a layer is one of its; that says so in the log.
+    assert "gptqmodel" not in (trained / "job.log").read_text()
 
     done = command("infer.py", *INFER, f"adapter_path={trained}", f"hydra.run.dir={answered}")
     assert done.returncode == 0, done.stderr
