@@ -8,7 +8,8 @@
 A row is one run of ``train.py data=synthetic``, in a process of its own: five optimizer steps over 4 conversations of
 256 random tokens, the first of them not timed. The same seed and data throughout: a choice that changes no figure ends
 at the reference's loss, which says nothing else. What is there is not run again. With ``--fill`` so many GB of the card
-are taken meanwhile, so that what is paged has to move; such rows belong into a folder of their own.
+are taken meanwhile, so that what is paged has to move; such rows belong into a folder of their own, and not among
+the records that the report reads.
 """
 
 from __future__ import annotations
