@@ -132,6 +132,8 @@ def run_choices(
     if args.fill:
         import torch
 
+        if not torch.cuda.is_available():
+            parser.error("--fill takes a GPU's memory, and there is none: leave it out")
         taken = torch.empty(int(args.fill * 1e9), dtype=torch.uint8, device="cuda")
         print(f"{taken.nbytes / 1e9:.1f} GB of the GPU's memory are taken")
     return run_rows(commands, args.out, args.minutes, headline)

@@ -121,6 +121,19 @@ def test_an_optimizer_keeps_what_is_predicted(plain, name):
     assert optimizer_memory(group, Counter(sizes), 4).state == pytest.approx(measured, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "state", "host"),
+    [
+        # Scales, in float32 for each 256 values, and the moments of small tensors stay on the card.
+        ("paged_adamw_8bit", 8 * 300 + 2 * 4096 + (4096 + 100_000) * 8 / 256, 2 * 100_000),
+        ("adamw_offload", 0, 12 * (300 + 4096 + 100_000)),
+    ],
+)
+def test_what_an_optimizer_keeps_on_the_host_is_counted_there(plain, name, state, host):
+    found = optimizer_memory(plain("train", f"optimizer={name}")["optimizer"], Counter([300, 4096, 100_000]), 2)
+    assert (found.state, found.host) == (pytest.approx(state), host)
+
+
 def test_a_checkpoint_with_bits_of_its_own_for_each_layer_is_unknown(plain):
     config = plain("plan", "quant=gptq_mixed")
     quant = {**config["quant"], "bits": None, "target_bits": None}  # as a published one is completed

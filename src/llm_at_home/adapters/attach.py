@@ -215,7 +215,7 @@ def add_saved(model: Any, path: str | Path, name: str) -> None:
     """
     folder = adapter_folder(path)
     try:
-        with library_output():
+        with library_output(), _without_gptqmodel():
             missing = model.load_adapter(str(folder), name).missing_keys
     except (RuntimeError, ValueError, TypeError) as error:
         raise Refusal(f"the adapter in {folder} does not fit here: {str(error).splitlines()[0]}") from error

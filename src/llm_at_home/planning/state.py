@@ -24,12 +24,12 @@ class OptimizerMemory:
 
     Attributes:
         state: on the card, in torch's own memory.
-        paged: in unified memory, which moves to the host when the card is full, and which torch does not count.
+        host: in the host's memory, or in unified memory, which moves there when the card is full; torch counts neither.
         step: further bytes while a step is made.
     """
 
     state: float
-    paged: float
+    host: float
     step: float
 
 
@@ -53,7 +53,7 @@ def optimizer_memory(optimizer: Mapping[str, Any], tensors: Counter[int], bytes_
     if kind == "SGD":
         return OptimizerMemory(float(bytes_each * parameters) if optimizer.get("momentum") else 0.0, 0.0, 0.0)
     if kind == "HostAdamW":
-        return OptimizerMemory(0.0, 0.0, 0.0)  # all of it is the host's
+        return OptimizerMemory(0.0, 12.0 * parameters, 0.0)  # weight and moments in float32, always
     if kind in ("AdamW8bit", "PagedAdamW8bit"):
         small, large = (
             sum(size * count for size, count in tensors.items() if low <= size < high)

@@ -57,7 +57,7 @@ def predict_training(config: Mapping[str, Any], capability: tuple[int, int] = (9
     gaps = Gaps.of("train").bytes(moving)
     parts = {**peak.parts, "workspace": peak.parts.get("workspace", 0.0) + workspace, "fragmentation": gaps}
     allocated = peak.allocated + workspace
-    host = optimizer.paged + (_boundaries(config, shape, batch) if _memory(config)["offload"] else 0.0)
+    host = optimizer.host + (_boundaries(config, shape, batch) if _memory(config)["offload"] else 0.0)
     return Prediction(
         parts=parts,
         allocated=allocated,
